@@ -1,0 +1,60 @@
+"""What the monitor asks of Lightning beyond its documented hooks, in one place."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+
+from pl_layer_rotation.layca import Layca
+
+if TYPE_CHECKING:
+    CallbackBase = pl.Callback
+else:
+    # `lightning.pytorch` has a Callback class of its own, which its older Trainers and its CLI insist on.
+    _other = sys.modules.get("lightning.pytorch")
+    CallbackBase = pl.Callback if _other is None else type("CallbackBase", (_other.Callback, pl.Callback), {})
+
+
+def stepped_batches(trainer: "pl.Trainer") -> int:
+    """Batches after which optimizers stepped: the step that Lightning logs at. It has no public name."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, Any]:
+    """What a reader of the curves wants to know of the run."""
+    facts: dict[str, Any] = {"module": type(pl_module).__name__}
+    if trainer.optimizers:
+        optimizer = trainer.optimizers[0]
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        name = type(optimizer).__name__
+        facts["optimizer"] = f"{name}({optimizer.base_name})" if isinstance(optimizer, Layca) else name
+        facts["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+    return {
+        **facts,
+        "strategy": type(trainer.strategy).__name__,
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+def final_facts(trainer: "pl.Trainer") -> dict[str, Any]:
+    metrics = {key: float(v) for key, v in trainer.callback_metrics.items() if not key.startswith("layer_")}
+    return {"epochs": trainer.current_epoch, "metrics": metrics}
+
+
+def log_folder(trainer: "pl.Trainer") -> Path:
+    """Where the trainer's first logger writes, by the rule that Lightning's ModelCheckpoint follows."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(os.fspath(logger.save_dir or trainer.default_root_dir), str(logger.name), version)
+
+
+def wandb_loggers(trainer: "pl.Trainer") -> list[Any]:
+    """By class name: importing wandb to ask would cost seconds, and there are two namespaces."""
+    if not trainer.is_global_zero:
+        return []
+    return [log for log in trainer.loggers if any(kind.__name__ == "WandbLogger" for kind in type(log).__mro__)]

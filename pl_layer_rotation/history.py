@@ -1,0 +1,309 @@
+"""The recorded curves of one run: plain data, and the file that holds them."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_FORMAT = "pl-layer-rotation history"
+_VERSION = 1
+_KEY_LENGTH = 100  # characters of a layer's name in a logged key: some loggers make file names of them
+
+
+class RotationHistory:
+    """Values by step and layer, with the facts of the run that they come from.
+
+    A history is plain data: it knows no trainer and no module, pickles, and goes into a checkpoint as the dictionary
+    that :meth:`state_dict` returns. Layers are in depth order. The quantities that
+    :class:`~pl_layer_rotation.LayerRotationMonitor` records are
+
+    - ``rotation``: cosine distance between a layer's weights and their reference, 0 … 2;
+    - ``angular_update``: angle by which the last optimizer step turned the layer, in radians;
+    - ``norm_ratio``: norm of the weights over the norm of the reference.
+
+    Args:
+        layer_names: names of the layers in depth order, each once.
+        layer_shapes: shape of each layer's weights; ``()`` where unknown.
+        facts: what else is known of the run (optimizer, learning rate, devices, …); values that JSON can hold.
+
+    Raises:
+        ValueError: If a name stands twice, or names and shapes differ in number.
+
+    Example::
+
+        >>> history = RotationHistory(["conv", "fc"], [(8, 1, 3, 3), (10, 8)])
+        >>> history.append(10, rotation=[0.01, 0.02], norm_ratio=[1.0, 1.1])
+        >>> history.append(20, rotation=[0.03, 0.05])
+        >>> history.steps
+        [10, 20]
+        >>> history.values("rotation")
+        tensor([[0.0100, 0.0200],
+                [0.0300, 0.0500]], dtype=torch.float64)
+        >>> history.values("norm_ratio")[1]
+        tensor([nan, nan], dtype=torch.float64)
+        >>> history.final("rotation")
+        {'conv': 0.03, 'fc': 0.05}
+
+    """
+
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        layer_shapes: Sequence[Sequence[int]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.layer_names = list(layer_names)
+        shapes: Sequence[Sequence[int]] = [()] * len(self.layer_names) if layer_shapes is None else layer_shapes
+        self.layer_shapes = [tuple(int(n) for n in shape) for shape in shapes]
+        self.facts: dict[str, Any] = dict(facts or {})
+        self.steps: list[int] = []
+        self._rows: list[dict[str, list[float]]] = []
+        duplicates = [name for name, count in Counter(self.layer_names).items() if count > 1]
+        if duplicates:
+            raise ValueError(f"`layer_names` must be unique, got {duplicates} more than once. Rename these layers.")
+        if len(self.layer_shapes) != len(self.layer_names):
+            raise ValueError(
+                f"`layer_shapes` must have one shape for each of the {len(self.layer_names)} layers, "
+                f"got {len(self.layer_shapes)}. Pass `()` where a shape is unknown."
+            )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.layer_names)} layers, {len(self)} readings)"
+
+    def __eq__(self, other: object) -> bool:
+        # Through the encoded form, where an unmeasured value equals itself (NaN does not).
+        return isinstance(other, RotationHistory) and _encode(self.state_dict()) == _encode(other.state_dict())
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of the recorded quantities, in the order of their first reading."""
+        return list(dict.fromkeys(quantity for row in self._rows for quantity in row))
+
+    def append(self, step: int, **quantities: Sequence[float]) -> None:
+        """Add the values of one reading.
+
+        Args:
+            step: optimizer steps done; larger than that of the last reading.
+            **quantities: for each quantity one value a layer, in the order of ``layer_names``; NaN where undefined.
+
+        Raises:
+            ValueError: If ``step`` does not follow the last one, or a quantity has another length.
+
+        """
+        if self.steps and step <= self.steps[-1]:
+            raise ValueError(f"`step` must be larger than that of the last reading ({self.steps[-1]}), got {step}.")
+        row = {name: [float(value) for value in values] for name, values in quantities.items()}
+        for name, values in row.items():
+            if len(values) != len(self.layer_names):
+                raise ValueError(
+                    f"`{name}` must have one value for each of the {len(self.layer_names)} layers, got {len(values)}."
+                )
+        self.steps.append(int(step))
+        self._rows.append(row)
+
+    def values(self, quantity: str) -> Tensor:
+        """All readings of one quantity.
+
+        Args:
+            quantity: one of :attr:`quantities`.
+
+        Returns:
+            float64 tensor of shape ``(steps, layers)``; NaN where it was not measured or is undefined.
+
+        Raises:
+            ValueError: If there are readings and none of them holds this quantity.
+
+        """
+        if self._rows and quantity not in self.quantities:
+            raise ValueError(f"`quantity` must be one of {self.quantities}, got {quantity!r}.")
+        missing = [math.nan] * len(self.layer_names)
+        rows = [row.get(quantity, missing) for row in self._rows]
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self.layer_names))
+
+    def final(self, quantity: str = "rotation") -> dict[str, float]:
+        """Each layer's last defined value of a quantity; NaN for a layer that has none."""
+        last = dict.fromkeys(self.layer_names, math.nan)
+        for row in self._rows:
+            for name, value in zip(self.layer_names, row.get(quantity, ()), strict=False):
+                if not math.isnan(value):
+                    last[name] = value
+        return last
+
+    def reindex(self, layer_names: Sequence[str], layer_shapes: Sequence[Sequence[int]]) -> "RotationHistory":
+        """The same readings for another list of layers: NaN for new ones, vanished ones left out."""
+        new = RotationHistory(layer_names, layer_shapes, self.facts)
+        column = {name: i for i, name in enumerate(self.layer_names)}
+        for step, row in zip(self.steps, self._rows, strict=True):
+            new.append(
+                step,
+                **{q: [v[column[n]] if n in column else math.nan for n in new.layer_names] for q, v in row.items()},
+            )
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as lists, strings and numbers, safe for ``torch.load(..., weights_only=True)``."""
+        return {
+            "layers": [{"name": n, "shape": list(s)} for n, s in zip(self.layer_names, self.layer_shapes, strict=True)],
+            "facts": dict(self.facts),
+            "rows": [{"step": step, **row} for step, row in zip(self.steps, self._rows, strict=True)],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "RotationHistory":
+        """The history that :meth:`state_dict` described."""
+        layers = state_dict["layers"]
+        history = cls([layer["name"] for layer in layers], [layer["shape"] for layer in layers], state_dict["facts"])
+        for row in state_dict["rows"]:
+            history.append(**row)
+        return history
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the history as JSON Lines: a header, then one line a reading. The file appears whole or not at all.
+
+        Args:
+            path: the file; its folder is made if it does not exist.
+
+        Example::
+
+            >>> import tempfile, pathlib
+            >>> history = RotationHistory(["fc"], [(2, 2)], {"lr": 0.1})
+            >>> history.append(1, rotation=[0.25])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = pathlib.Path(folder, "run.jsonl")
+            ...     history.save(file)
+            ...     RotationHistory.load(file) == history
+            True
+
+        """
+        state = self.state_dict()
+        rows = state.pop("rows")
+        lines = [{"format": _FORMAT, "version": _VERSION, **state}, *rows]
+        write_text(path, "".join(_encode(line) + "\n" for line in lines))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RotationHistory":
+        """Read a file that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is none of ours, was damaged, or comes from a newer version of the package.
+
+        """
+        file = Path(path)
+        try:
+            header, *rows = (_decode(line) for line in file.read_text(encoding="utf-8").splitlines())
+            known = header["format"] == _FORMAT
+            version = int(header["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _foreign(file, "it has no header of ours") from error
+        if not known:
+            raise _foreign(file, f"its format is {header['format']!r}")
+        if version > _VERSION:
+            raise ValueError(
+                f"`path` must be a history of format version {_VERSION} or older, got version {version} in {file}. "
+                "Upgrade pl-layer-rotation."
+            )
+        try:
+            return cls.from_state_dict({"layers": header["layers"], "facts": header["facts"], "rows": rows})
+        except (ValueError, KeyError, TypeError) as error:
+            raise _foreign(file, f"it is damaged: {error}") from error
+
+    def figure(self, quantity: str = "rotation") -> "go.Figure":
+        """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``)."""
+        from pl_layer_rotation.report.figures import curves
+
+        return curves(self, quantity)
+
+
+def log_keys(layer_names: Sequence[str], quantity: str = "rotation") -> list[str]:
+    """Names under which loggers get one quantity of each layer, such as ``layer_rotation/007_block_conv1``.
+
+    The zero-padded depth keeps them unique and makes alphabetical order depth order; every character that a logger
+    could trip over (W&B splits names at dots, a slash opens a section) becomes an underscore.
+
+    Args:
+        layer_names: names in depth order.
+        quantity: what is logged.
+
+    Example::
+
+        >>> log_keys(["stem.conv", "fc"])
+        ['layer_rotation/000_stem_conv', 'layer_rotation/001_fc']
+
+    """
+    digits = max(3, len(str(len(layer_names) - 1)))
+    return [
+        f"layer_{quantity}/{depth:0{digits}d}_{re.sub('[^0-9A-Za-z_]+', '_', name)[:_KEY_LENGTH]}"
+        for depth, name in enumerate(layer_names)
+    ]
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        # mkstemp makes private files; a report is meant to be read like any other file in the folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _foreign(file: Path, why: str) -> ValueError:
+    return ValueError(
+        f"`path` must be a file written by `RotationHistory.save`, got {file}, but {why}. Pass another file."
+    )
+
+
+def _encode(value: Any) -> str:
+    """JSON with null for NaN and strings for infinities, which strict JSON lacks."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _decode(line: str) -> dict[str, Any]:
+    """One line as a mapping, its null values as NaN again."""
+    decoded = json.loads(line)
+    if not isinstance(decoded, dict):
+        raise ValueError(f"line is no JSON object: {line[:40]!r}")
+    if "step" not in decoded:
+        return decoded
+    return {
+        key: [math.nan if item is None else float(item) for item in value] if isinstance(value, list) else value
+        for key, value in decoded.items()
+    }

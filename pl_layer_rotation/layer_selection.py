@@ -1,0 +1,179 @@
+"""Which tensors of a module are layers: the one rule that the monitor, the metric and the optimizer share."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+_NORM_TYPES: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_EMBEDDING_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
+# What torch.compile, FSDP, activation checkpointing and Fabric put between a module and its own name.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+
+
+class _Candidate(NamedTuple):
+    name: str
+    tensor: Tensor
+    types: frozenset[str]  # names of the owners' classes and their bases
+    by_default: bool
+
+
+def select_layers(
+    module: nn.Module,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+) -> dict[str, Tensor]:
+    """The weight tensors of a module that count as layers, in depth order.
+
+    By default these are the parameters with two or more dimensions whose owner is neither a normalization nor an
+    embedding. A tensor that several modules share counts once, under its first name, and not at all where one of them
+    is an embedding or a normalization (a tied output head belongs to the embedding). The gain of ``weight_norm`` is
+    not a layer, its direction is. Bare parameters with two or more dimensions (a class token of shape ``(1, 1, d)``,
+    a position table) are layers by this rule: leave them out with ``exclude``. Frozen parameters are layers too;
+    parameters of lazy modules appear once they are initialized.
+
+    Names are the same before and after wrapping (``torch.compile``, DDP, FSDP, Fabric) and under parametrizations,
+    and leave out a trailing ``.weight``. Depth order is the order of registration.
+
+    Args:
+        module: where to look.
+        include: shell-style patterns (``fnmatch``, case-sensitive) on names and on class names of the owner, such as
+            ``"encoder.*"`` or ``"Conv2d"``. A pattern selects the default layers that it matches; one that matches
+            none of these selects other tensors with two or more dimensions (``include=["*", "Embedding"]`` adds the
+            embeddings). A literal ``[`` is written ``[[]``.
+        exclude: patterns of the same form; what they match is left out.
+
+    Returns:
+        Name to parameter, in depth order; empty for a module without layers.
+
+    Raises:
+        MisconfigurationException: If a pattern matches nothing; the message names similar names.
+
+    Example::
+
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+        >>> {name: tuple(weight.shape) for name, weight in select_layers(net).items()}
+        {'0': (8, 1, 3, 3), '3': (10, 8)}
+        >>> list(select_layers(net, exclude="Linear"))
+        ['0']
+
+    """
+    candidates = _candidates(module)
+    included = _as_patterns("include", include)
+    excluded = _as_patterns("exclude", exclude)
+    defaults = [candidate for candidate in candidates if candidate.by_default]
+    if included is None:
+        chosen = {candidate.name for candidate in defaults}
+    else:
+        chosen = set()
+        for pattern in included:
+            chosen |= _matching(pattern, defaults) or _matching_or_raise("include", pattern, candidates)
+    for pattern in excluded or ():
+        chosen -= _matching_or_raise("exclude", pattern, candidates)
+    return {candidate.name: candidate.tensor for candidate in candidates if candidate.name in chosen}
+
+
+def _candidates(module: nn.Module) -> list[_Candidate]:
+    """Every floating tensor with two or more dimensions, tied ones once."""
+    names: dict[int, str] = {}
+    tensors: dict[int, Tensor] = {}
+    owners: dict[int, list[nn.Module]] = {}
+    taken: set[str] = set()
+    for path, owner, parameter_name, parameter in _parameters(module):
+        if is_lazy(parameter) or parameter.dim() < 2 or not (parameter.is_floating_point() or parameter.is_complex()):
+            continue
+        key = id(parameter)
+        if key not in names:
+            name = _clean_name(path, parameter_name)
+            names[key] = name if name not in taken else ".".join([*path, parameter_name])
+            taken.add(names[key])
+            tensors[key] = parameter
+        owners.setdefault(key, []).append(owner)
+    return [
+        _Candidate(
+            name,
+            tensors[key],
+            frozenset(kind.__name__ for owner in owners[key] for kind in type(owner).__mro__ if kind is not object),
+            not any(_is_norm(owner) or _is_embedding(owner) for owner in owners[key]),
+        )
+        for key, name in names.items()
+    ]
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, Tensor]]:
+    """(path without wrappers, owner, name in the owner, parameter) in registration order, tied ones each time."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for full_path, owner in modules.items():
+        parts = full_path.split(".") if full_path else []
+        parents = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+        path = [
+            part
+            for part, parent in zip(parts, parents, strict=True)
+            if part not in _WRAPPERS and not (part == "module" and isinstance(parent, DistributedDataParallel))
+        ]
+        if isinstance(owner, ParametrizationList):
+            # `fc.parametrizations.weight` holds the originals of `fc.weight`: the owner is `fc`.
+            gain = "original0" if any(type(p).__name__ == "_WeightNorm" for p in owner) else None
+            for name, parameter in owner.named_parameters(recurse=False):
+                if name != gain:
+                    original = path[-1] if name in ("original", "original1") else f"{path[-1]}.{name}"
+                    yield path[:-2], parents[-2], original, parameter
+            continue
+        own = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+        for name, parameter in own.items():
+            # The older weight_norm replaces `weight` by `weight_g` and `weight_v`, pruning by `weight_orig`.
+            if name.endswith("_g") and f"{name[:-2]}_v" in own:
+                continue
+            if name.endswith("_v") and f"{name[:-2]}_g" in own:
+                name = name[:-2]
+            yield path, owner, name.removesuffix("_orig"), parameter
+
+
+def _clean_name(path: list[str], parameter_name: str) -> str:
+    return ".".join(path) if parameter_name == "weight" and path else ".".join([*path, parameter_name])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # By class name too: most model libraries bring a normalization of their own (RMSNorm of many makes).
+    name = type(module).__name__.rstrip("123d")
+    return isinstance(module, _NORM_TYPES) or name.endswith("Norm")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, _EMBEDDING_TYPES) or type(module).__name__.endswith("Embedding")
+
+
+def _as_patterns(argument: str, patterns: Sequence[str] | str | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise MisconfigurationException(
+                f"`{argument}` must hold patterns as strings, got {pattern!r}. Pass names such as 'encoder.*'."
+            )
+    return listed
+
+
+def _matching(pattern: str, candidates: list[_Candidate]) -> set[str]:
+    return {c.name for c in candidates if any(fnmatchcase(name, pattern) for name in (c.name, *c.types))}
+
+
+def _matching_or_raise(argument: str, pattern: str, candidates: list[_Candidate]) -> set[str]:
+    found = _matching(pattern, candidates)
+    if found:
+        return found
+    names = [c.name for c in candidates]
+    known = [*names, *sorted({kind for c in candidates for kind in c.types} - {"Module"})]
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or names[:3]
+    hint = f"Similar names: {', '.join(map(repr, near))}." if near else "The module has no layers."
+    raise MisconfigurationException(
+        f"`{argument}` patterns must match a layer's name or module type, got {pattern!r}, which matches none. {hint}"
+    )

@@ -1,0 +1,389 @@
+"""The callback that measures, records, logs and reports layer rotation while Lightning trains."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pl_layer_rotation import _geometry as geometry
+from pl_layer_rotation._lightning import (
+    CallbackBase,
+    final_facts,
+    log_folder,
+    run_facts,
+    stepped_batches,
+    wandb_loggers,
+)
+from pl_layer_rotation._sharding import local_tensor, shard_count, sum_over_processes
+from pl_layer_rotation.history import RotationHistory, log_keys
+from pl_layer_rotation.layer_selection import select_layers
+
+QUANTITIES = ("rotation", "angular_update", "norm_ratio")
+_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "min": torch.min, "max": torch.max}
+# Layers above which loggers get the aggregates only: W&B advises fewer than 10,000 distinct metrics in a project.
+_MOST_LOGGED_LAYERS = 1000
+
+_Reading = dict[str, list[float]]
+
+
+class LayerRotationMonitor(CallbackBase):
+    """Record and log how far each layer has turned from its initialization (layer rotation, arXiv 1806.01603).
+
+    Takes a copy of the layers' weights when training starts, reads them on the trainer's log cadence and once more at
+    the end, and says what it saw: scalars to every logger, :attr:`history`, a table, and a self-contained HTML page.
+    Works on one device and under DDP, resumes with the checkpoint, and never ends a training because of itself: what
+    goes wrong in logging or reporting is a warning.
+
+    Logged keys, with the layer's depth in front of its name so that alphabetical order is depth order:
+
+    - ``layer_rotation/007_block_conv1``: cosine distance from the weights at the start, 0 … 2;
+    - ``layer_rotation_stats/mean``, ``min``, ``max``: over layers; also in ``trainer.callback_metrics`` from the first
+      reading or validation on, for ``EarlyStopping`` and ``ModelCheckpoint``;
+    - ``layer_angular_update/…`` (radians turned by the optimizer steps of one batch) and ``layer_norm_ratio/…``
+      (norm over norm at the start) where ``log_quantities`` asks for them; the history always has them.
+
+    With more than 1000 layers loggers get the aggregates only. A layer that starts at zero has no direction: it is
+    measured from its first non-zero weights, and a warning says so once. Layers that appear during training join with
+    the weights at their first reading.
+
+    Args:
+        include: patterns of layers to measure, see :func:`~pl_layer_rotation.select_layers`.
+        exclude: patterns of layers to leave out.
+        every_n_steps: optimizer steps between readings; None takes the trainer's ``log_every_n_steps``.
+        log_quantities: what goes to the loggers, of ``"rotation"``, ``"angular_update"``, ``"norm_ratio"``. The
+            angular update needs a second copy of the weights for the length of a step that is read.
+        save_reference: whether checkpoints carry the weights to measure from (one model's weights in each). Without
+            them a resumed run measures from where it resumes.
+        report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
+            logs when training ends, also by an exception.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range; at the start of training, if a pattern matches
+            nothing.
+
+    Example::
+
+        >>> monitor = LayerRotationMonitor(exclude="head", every_n_steps=10)
+        >>> trainer = pl.Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
+
+    """
+
+    def __init__(
+        self,
+        include: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
+        every_n_steps: int | None = None,
+        log_quantities: list[str] | tuple[str, ...] = ("rotation",),
+        save_reference: bool = True,
+        report: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise MisconfigurationException(
+                f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
+                "None follows the trainer's `log_every_n_steps`."
+            )
+        unknown = [quantity for quantity in log_quantities if quantity not in QUANTITIES]
+        if unknown or isinstance(log_quantities, str):
+            raise MisconfigurationException(
+                f"`log_quantities` must be a list out of {', '.join(QUANTITIES)}, got {log_quantities!r}. "
+                "Pass for instance `log_quantities=['rotation', 'norm_ratio']`."
+            )
+        self.include, self.exclude = include, exclude
+        self.every_n_steps = every_n_steps
+        self.log_quantities = tuple(log_quantities)
+        self.save_reference = save_reference
+        self.report = report
+        self.history = RotationHistory([])
+        self._references: dict[str, Tensor] = {}
+        self._restored: Mapping[str, Any] | None = None
+        self._before: dict[str, Tensor] = {}
+        self._training = False
+        self._global_step = 0
+        self._step = 0
+        self._latest: tuple[int, _Reading] | None = None  # the last reading and its step, recorded or not
+        self._ends_with_extra_row = False
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Tells monitors with other options apart in a checkpoint."""
+        return self._generate_state_key(
+            include=self.include,
+            exclude=self.exclude,
+            every_n_steps=self.every_n_steps,
+            log_quantities=self.log_quantities,
+        )
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Forget what an earlier ``validate(ckpt_path=...)`` loaded: only this fit's checkpoint counts."""
+        if stage == "fit":
+            self._restored = None
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Take the reference, or go on from the checkpoint's or from the last fit."""
+        layers = select_layers(pl_module, self.include, self.exclude)
+        goes_on = self._references and trainer.global_step == self._global_step > 0
+        if self._restored is not None:
+            self._resume(self._restored, layers)
+        elif not goes_on:
+            if trainer.global_step > 0:
+                self._warn("the checkpoint holds no layer rotation: curves start where training resumes")
+            self._references, self.history = {}, RotationHistory([])
+            self._latest, self._ends_with_extra_row = None, False
+        self._restored = None
+        if not layers:
+            self._warn(f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)")
+        self._adopt(layers)
+        self._training = bool(layers)
+        self._global_step = trainer.global_step
+        self._step = stepped_batches(trainer)
+        self.history.facts.update(run_facts(trainer, pl_module))
+        self._attempt("the preparation of W&B", self._prepare_wandb, trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        """Copy the weights before a step whose angle will be read."""
+        if self._training and not self._before and self._is_due(trainer, stepped_batches(trainer) + 1):
+            layers = select_layers(pl_module, self.include, self.exclude)
+            self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read and record on the cadence, after batches that stepped."""
+        # global_step grows by the number of optimizers, and not at all while gradients accumulate.
+        if not self._training or trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        self._step = stepped_batches(trainer) + 1
+        if self._is_due(trainer, self._step):
+            self._read(pl_module)
+            self._record(trainer)
+
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Bring the aggregates up to date for callbacks that look at them after validation."""
+        # Before averaging callbacks put their weights in, which they do at the start of the validation epoch.
+        self._bring_up_to_date(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Bring the aggregates up to date; the reading is recorded if training ends here."""
+        self._bring_up_to_date(trainer, pl_module)
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Record the final reading and report."""
+        # Averaging callbacks may have replaced the weights by now: the reading was taken at the end of the epoch.
+        if self._training and self._latest is not None and self._latest[0] not in self.history.steps[-1:]:
+            self._record(trainer)
+            self._ends_with_extra_row = True
+        self._finish(trainer)
+
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Report what was recorded until then. No collective: this process may be alone."""
+        self._finish(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves and, unless ``save_reference=False``, the weights to measure from, by layer name."""
+        if not self._references:
+            return {}
+        history = self.history.state_dict()
+        if self._ends_with_extra_row:
+            # It is there because that fit ended; a resumed one has its rows on the cadence.
+            history["rows"] = history["rows"][:-1]
+        whole = {name: weight.cpu() for name, weight in self._references.items()} if self.save_reference else {}
+        return {"history": history, "reference": whole}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: only then is it known where the layers live."""
+        self._restored = state_dict or None
+
+    def _resume(self, state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
+        reference: Mapping[str, Tensor] = state["reference"]
+        self.history = RotationHistory.from_state_dict(state["history"])
+        self._latest, self._ends_with_extra_row = None, False
+        self._references = {
+            name: reference[name].to(local_tensor(weight).device, copy=True)
+            for name, weight in layers.items()
+            if name in reference and reference[name].shape == local_tensor(weight).shape
+        }
+        lost = [name for name in layers if name not in self._references]
+        if lost:
+            self._warn(f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on")
+
+    def _adopt(self, layers: Mapping[str, Tensor]) -> None:
+        """Give layers that are new, or have another shape than before, the weights of now to measure from."""
+        local = {name: local_tensor(weight) for name, weight in layers.items()}
+        new = [n for n, w in local.items() if n not in self._references or self._references[n].shape != w.shape]
+        for name in new:
+            # Outside of inference mode also during validation: the copy must live in later steps.
+            with torch.inference_mode(False):
+                self._references[name] = local[name].clone()
+        shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
+        known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
+        gone = {name: shape for name, shape in known.items() if name not in shapes}
+        everything = {**shapes, **gone}
+        if list(everything.items()) != list(known.items()):
+            self.history = self.history.reindex(list(everything), list(everything.values()))
+        if new and self._step:
+            self.history.facts.setdefault("reference_steps", {}).update(dict.fromkeys(new, self._step))
+        zeros = [name for name in new if not torch.any(self._references[name]).item()]
+        if zeros:
+            self._warn(f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights")
+
+    def _is_due(self, trainer: "pl.Trainer", step: int) -> bool:
+        cadence: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return cadence > 0 and step % cadence == 0
+
+    def _bring_up_to_date(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self._training and not trainer.sanity_checking and self._step > 0:
+            if self._latest is None or self._latest[0] != self._step:
+                self._read(pl_module)
+            self._publish(trainer)
+
+    @torch.no_grad()
+    def _read(self, pl_module: "pl.LightningModule") -> None:
+        """Measure every layer as it is now."""
+        layers = select_layers(pl_module, self.include, self.exclude)
+        self._adopt(layers)
+        names = list(layers)
+        weights = [local_tensor(weight) for weight in layers.values()]
+        counts = [shard_count(weight) for weight in layers.values()]
+        whole = [count == 1 for count in counts]
+        sums, scales = geometry.rotation_sums(weights, [self._references[name] for name in names], whole)
+        blocks = [sums]
+        stepped = [i for i, name in enumerate(names) if name in self._before]
+        if stepped:
+            # Layers without a copy (they appeared with this step) compare with themselves, and are left out below.
+            before = [self._before.get(name, weight) for name, weight in zip(names, weights, strict=True)]
+            blocks.append(geometry.rotation_sums(weights, before, whole)[0])
+        self._before = {}
+        packed = sum_over_processes(torch.cat(blocks, 1), counts, weights[0].device if weights else torch.device("cpu"))
+        reading = {
+            "rotation": self._filled(names, geometry.cosine_distance(packed[:, :4])),
+            "norm_ratio": self._filled(names, geometry.norm_ratio(packed[:, :4], scales)),
+        }
+        if stepped:
+            turned = geometry.angle(geometry.cosine_distance(packed[:, 4:]))
+            known = torch.zeros(len(names), dtype=torch.bool)
+            known[stepped] = True
+            reading["angular_update"] = self._filled(names, turned.where(known, torch.nan))
+        self._start_zero_layers(names, weights, packed, reading)
+        self._latest = (self._step, reading)
+
+    def _filled(self, names: Sequence[str], values: Tensor) -> list[float]:
+        """Values in the order of the history's layers; NaN for layers that are gone and where undefined."""
+        measured = dict(zip(names, values.tolist(), strict=True))
+        return [
+            value if math.isfinite(value := measured.get(n, math.nan)) else math.nan for n in self.history.layer_names
+        ]
+
+    def _start_zero_layers(
+        self, names: Sequence[str], weights: Sequence[Tensor], sums: Tensor, reading: _Reading
+    ) -> None:
+        """A layer that started at zero and moved takes its first non-zero weights for its reference."""
+        for i in ((sums[:, 3] == 0) & (sums[:, 2] > 0)).nonzero().flatten().tolist():
+            with torch.inference_mode(False):
+                self._references[names[i]] = weights[i].clone()
+            column = self.history.layer_names.index(names[i])
+            reading["rotation"][column], reading["norm_ratio"][column] = 0.0, 1.0
+            if "angular_update" in reading:
+                reading["angular_update"][column] = math.nan
+            self.history.facts.setdefault("reference_steps", {})[names[i]] = self._step
+
+    def _record(self, trainer: "pl.Trainer") -> None:
+        """Put the last reading into the history and send it to the loggers."""
+        assert self._latest is not None
+        step, reading = self._latest
+        self.history.append(step, **reading)
+        self._ends_with_extra_row = False
+        metrics = self._publish(trainer)
+        if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS:
+            for quantity in self.log_quantities:
+                keys = log_keys(self.history.layer_names, quantity)
+                values = zip(keys, reading.get(quantity, ()), strict=False)
+                metrics.update((key, value) for key, value in values if not math.isnan(value))
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                # Lightning numbers the step after which it logs from 0.
+                self._attempt(f"logging to {type(logger).__name__}", logger.log_metrics, metrics, step - 1)
+
+    def _publish(self, trainer: "pl.Trainer") -> dict[str, float]:
+        """Aggregates over the layers, also into ``callback_metrics``."""
+        assert self._latest is not None
+        metrics = {}
+        for quantity in self.log_quantities:
+            values = torch.tensor(self._latest[1].get(quantity, []), dtype=torch.float64)
+            values = values[~values.isnan()]
+            if len(values):
+                for name, statistic in _STATISTICS.items():
+                    metrics[f"layer_{quantity}_stats/{name}"] = float(statistic(values))
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        return metrics
+
+    def _finish(self, trainer: "pl.Trainer") -> None:
+        training, self._training = self._training, False
+        self._before = {}
+        if not training or not len(self.history) or not trainer.is_global_zero:
+            return
+        self.history.facts.update(final_facts(trainer))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            return
+        if self.report:
+            self._attempt("printing the table", self._print_report, trainer)
+        self._attempt("the charts for W&B", self._send_charts, trainer)
+
+    def _print_report(self, trainer: "pl.Trainer") -> None:
+        from pl_layer_rotation.report.table import print_table
+
+        print_table(self.history)
+        folder = log_folder(trainer)
+        self._attempt("writing the history", self.history.save, folder / "layer_rotation.jsonl")
+        self._attempt("writing the page", self._write_page, folder / "layer_rotation.html")
+
+    def _write_page(self, path: Path) -> None:
+        from pl_layer_rotation.report.page import write_page
+
+        write_page(path, {str(self.history.facts.get("optimizer", "run")): self.history})
+        print(f"Layer rotation: {path}")
+
+    def _prepare_wandb(self, trainer: "pl.Trainer") -> None:
+        from pl_layer_rotation.report.wandb_sink import prepare_run
+
+        for logger in wandb_loggers(trainer):
+            shown = self.log_quantities if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS else ()
+            keys = [key for quantity in shown for key in log_keys(self.history.layer_names, quantity)]
+            prepare_run(logger.experiment, self.history, keys, prefix=logger._prefix)
+
+    def _send_charts(self, trainer: "pl.Trainer") -> None:
+        from pl_layer_rotation.report.wandb_sink import log_charts, viewing_hint
+
+        for logger in wandb_loggers(trainer):
+            log_charts(logger.experiment, self.history, self.history.steps[-1] - 1, prefix=logger._prefix)
+            hint = viewing_hint(logger.experiment)
+            if hint and self.report:
+                print(hint)
+
+    def _attempt(self, what: str, action: Callable[..., Any], *args: Any) -> None:
+        """Do what must not end a training; a failure is a warning, once for each kind."""
+        try:
+            action(*args)
+        except Exception as error:
+            self._warn(f"{what} failed and is left out: {type(error).__name__}: {error}", once_for=what)
+
+    def _warn(self, message: str, once_for: str | None = None) -> None:
+        if (once_for or message) not in self._warned:
+            self._warned.add(once_for or message)
+            rank_zero_warn(f"LayerRotationMonitor: {message}.", category=UserWarning)
+
+
+def _list(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(map(repr, names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

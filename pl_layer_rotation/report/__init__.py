@@ -1,0 +1,1 @@
+"""What a recorded history looks like: figures, the HTML page, and what W&B is sent."""
