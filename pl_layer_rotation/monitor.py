@@ -114,13 +114,8 @@ class LayerRotationMonitor(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """Tells monitors with other options apart in a checkpoint."""
-        return self._generate_state_key(
-            include=self.include,
-            exclude=self.exclude,
-            every_n_steps=self.every_n_steps,
-            log_quantities=self.log_quantities,
-        )
+        """Tells monitors of other layers apart in a checkpoint; a resumed run may read or log otherwise."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Forget what an earlier ``validate(ckpt_path=...)`` loaded: only this fit's checkpoint counts."""
@@ -142,7 +137,8 @@ class LayerRotationMonitor(CallbackBase):
         if not layers:
             self._warn(f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)")
         self._adopt(layers)
-        self._training = bool(layers)
+        # A barebones trainer logs never: nothing is read either.
+        self._training = bool(layers) and self._cadence(trainer) > 0
         self._global_step = trainer.global_step
         self._step = stepped_batches(trainer)
         self.history.facts.update(run_facts(trainer, pl_module))
@@ -152,7 +148,7 @@ class LayerRotationMonitor(CallbackBase):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Copy the weights before a step whose angle will be read."""
-        if self._training and not self._before and self._is_due(trainer, stepped_batches(trainer) + 1):
+        if self._training and not self._before and (stepped_batches(trainer) + 1) % self._cadence(trainer) == 0:
             layers = select_layers(pl_module, self.include, self.exclude)
             self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
 
@@ -165,7 +161,7 @@ class LayerRotationMonitor(CallbackBase):
             return
         self._global_step = trainer.global_step
         self._step = stepped_batches(trainer) + 1
-        if self._is_due(trainer, self._step):
+        if self._step % self._cadence(trainer) == 0:
             self._read(pl_module)
             self._record(trainer)
 
@@ -238,9 +234,8 @@ class LayerRotationMonitor(CallbackBase):
         if zeros:
             self._warn(f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights")
 
-    def _is_due(self, trainer: "pl.Trainer", step: int) -> bool:
-        cadence: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return cadence > 0 and step % cadence == 0
+    def _cadence(self, trainer: "pl.Trainer") -> int:
+        return int(self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _bring_up_to_date(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._training and not trainer.sanity_checking and self._step > 0:

@@ -1,4 +1,4 @@
-"""Base optimizers and Layca's four steps in plain numpy float64, written from their papers: the twins to compare with."""
+"""Base optimizers and the four steps of Layca in plain numpy float64, written from their papers."""
 
 from collections.abc import Callable
 

@@ -1,9 +1,6 @@
 """Layca against an independent numpy twin, and what users of torch's optimizers take for granted."""
 
-import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +8,6 @@ import numpy as np
 import pytest
 import reference_optimizers as twins
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pl_layer_rotation import Layca, layer_rotation
@@ -55,7 +50,10 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: in
 @every_base
 @pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"foreach": False}], ids=["default", "foreach", "loop"])
 def test_sixty_steps_equal_the_four_steps_of_the_paper(
-    base: type[torch.optim.Optimizer], options: dict[str, Any], twin: Callable[[], twins.Direction], kernel: dict[str, Any]
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    twin: Callable[[], twins.Direction],
+    kernel: dict[str, Any],
 ) -> None:
     net = network(torch.float64)
     optimizer = Layca(net.parameters(), lr=0.03, base=base, **options, **kernel)

@@ -1,0 +1,319 @@
+"""Plotly figures of a history: curves by depth, final rotation by layer, heatmap of depth and step."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from pl_layer_rotation.history import RotationHistory
+
+# First to last layer: equal steps of hue and lightness in OKLCH, dark enough for white paper, light enough for black;
+# from blue to amber, so that the order remains for colour-blind readers.
+DEPTH_COLORS = ("#2360d4", "#6557d9", "#9150ce", "#b34bb8", "#cf4998", "#e24e72", "#ec5c43", "#e57200", "#d08c00")
+
+_POINTS = 10_000  # W&B keeps no more rows of a figure's table; more points than this cannot be told apart either
+_FEW_READINGS = 12  # up to here each reading is marked: a single one would draw no line at all
+_LABEL = 24  # characters of a layer's name beside an axis
+_HOVER = 80  # characters of a layer's name in a hover label
+_SPECIAL = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "{": "&#123;", "$": "&#36;", "\n": " ", "\r": " "},
+)
+_STEP_AXIS = {"title": {"text": "optimizer steps"}, "exponentformat": "none", "separatethousands": True}
+_ROTATION = "cosine distance from initialization"
+
+
+class _Quantity(NamedTuple):
+    axis: str
+    short: str
+    from_zero: bool
+
+
+_QUANTITIES = {
+    "rotation": _Quantity(_ROTATION, "cosine distance", True),
+    "angular_update": _Quantity("angle turned by one optimizer step (radians)", "angular update (radians)", True),
+    "norm_ratio": _Quantity("norm of the weights / norm of the reference (ratio)", "norm ratio", False),
+}
+
+
+def curves(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
+    """One line a layer over the optimizer steps, coloured by depth.
+
+    Undefined values are gaps. At most ``max(2, 10000 // layers)`` readings are drawn, first and last among them.
+
+    Args:
+        history: the readings of one run.
+        quantity: what to draw: ``rotation``, ``angular_update`` (radians), ``norm_ratio``, or another recorded one.
+
+    Returns:
+        A figure with one scatter trace a layer, in depth order.
+
+    Raises:
+        ValueError: If ``quantity`` is neither known nor recorded.
+
+    Example::
+
+        >>> history = RotationHistory(["conv", "fc"], [(8, 1, 3, 3), (10, 8)])
+        >>> history.append(10, rotation=[0.01, 0.02])
+        >>> history.append(20, rotation=[0.03, float("nan")])
+        >>> [(line.name, line.x, line.y) for line in curves(history).data]
+        [('conv', (10, 20), (0.01, 0.03)), ('fc', (10, 20), (0.02, None))]
+
+    """
+    drawn = _describe(history, quantity)
+    steps, columns = _columns(history, quantity)
+    few = len(steps) <= _FEW_READINGS
+    lines = []
+    for depth, (name, color, values) in enumerate(
+        zip(history.layer_names, depth_colors(len(columns)), columns, strict=True)
+    ):
+        line = go.Scatter(
+            x=steps,
+            y=values,
+            name=_escape(name),
+            mode="lines+markers" if few else "lines",
+            line={"color": color, "width": 2 if len(columns) <= 20 else 1.2},
+            marker={"color": color, "size": 5},
+            hovertemplate=f"{_hover(history, depth)}<br>step %{{x:,}}<br>{drawn.short} %{{y:.3g}}<extra></extra>",
+        )
+        if depth == 0 and len(columns) > 1:
+            # Plotly draws a colour bar for markers only. The first line lends its own, so that none has to be invented
+            # and the figure keeps one trace a layer.
+            marker = {"color": [0] * len(steps), "coloraxis": "coloraxis", "opacity": int(few)}
+            line.update(mode="lines+markers", marker=marker)
+        lines.append(line)
+    figure = go.Figure(lines, _layout(_measured(columns)))
+    figure.update_xaxes(_STEP_AXIS)
+    if not few:
+        figure.update_xaxes(range=[min(0, steps[0]), steps[-1]])  # markers, even unseen ones, would widen it
+    figure.update_yaxes(title_text=drawn.axis, rangemode="tozero" if drawn.from_zero else "normal")
+    if len(columns) > 1:
+        figure.update_layout(coloraxis=_depth_axis(len(columns)))
+    return figure
+
+
+def final_rotation(history: RotationHistory) -> go.Figure:
+    """Each layer's last defined rotation as a bar; the first layer is on top.
+
+    Args:
+        history: the readings of one run.
+
+    Returns:
+        A figure with one trace of bars in depth order; layers without a value have an empty place.
+
+    Example::
+
+        >>> history = RotationHistory(["conv", "fc"])
+        >>> history.append(10, rotation=[0.25, 0.5])
+        >>> bars = final_rotation(history).data[0]
+        >>> bars.y, bars.x
+        (('0 conv', '1 fc'), (0.25, 0.5))
+
+    """
+    values = [_rounded(value) for value in history.final("rotation").values()]
+    bars = go.Bar(
+        x=values,
+        y=_labels(history),
+        orientation="h",
+        marker={"color": depth_colors(len(values))},
+        customdata=[[_hover(history, depth)] for depth in range(len(values))],
+        hovertemplate="%{customdata[0]}<br>final cosine distance %{x:.3g}<extra></extra>",
+    )
+    figure = go.Figure(bars, _layout(_measured([values])))
+    figure.update_xaxes(title_text=_ROTATION, rangemode="tozero")
+    figure.update_yaxes(**_layer_axis(history))
+    figure.update_layout(bargap=0.25)
+    return figure
+
+
+def heatmap(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
+    """Depth by optimizer step, coloured by value; the first layer is on top.
+
+    Args:
+        history: the readings of one run.
+        quantity: what to draw, as for :func:`curves`.
+
+    Returns:
+        A figure with one heatmap trace: a row a layer, a column a reading, gaps where a value is undefined.
+
+    Raises:
+        ValueError: If ``quantity`` is neither known nor recorded.
+
+    Example::
+
+        >>> history = RotationHistory(["conv", "fc"])
+        >>> history.append(10, rotation=[0.01, 0.02])
+        >>> history.append(20, rotation=[0.03, 0.05])
+        >>> heatmap(history).data[0].z
+        ([0.01, 0.03], [0.02, 0.05])
+
+    """
+    drawn = _describe(history, quantity)
+    steps, columns = _columns(history, quantity)
+    cells = go.Heatmap(
+        x=steps,
+        y=_labels(history),
+        z=columns,
+        coloraxis="coloraxis",
+        hoverongaps=False,
+        hovertemplate=f"<b>%{{y}}</b><br>step %{{x:,}}<br>{drawn.short} %{{z:.3g}}<extra></extra>",
+    )
+    figure = go.Figure(cells, _layout(_measured(columns)))
+    figure.update_xaxes(_STEP_AXIS, showgrid=False)
+    figure.update_yaxes(**_layer_axis(history))
+    scale = {"colorscale": "Viridis", "colorbar": _color_bar(drawn.axis)}
+    figure.update_layout(coloraxis={**scale, "cmin": 0} if drawn.from_zero else scale)
+    return figure
+
+
+def figures(history: RotationHistory) -> dict[str, go.Figure]:
+    """The three figures that the dashboard and the page show.
+
+    Args:
+        history: the readings of one run; may have none yet.
+
+    Returns:
+        Figures by name: ``rotation`` (curves), ``final_rotation`` (bars) and ``heatmap``.
+
+    Example::
+
+        >>> list(figures(RotationHistory(["fc"])))
+        ['rotation', 'final_rotation', 'heatmap']
+
+    """
+    return {"rotation": curves(history), "final_rotation": final_rotation(history), "heatmap": heatmap(history)}
+
+
+def depth_colors(layers: int) -> list[str]:
+    """Colours of that many layers in depth order, the same in every figure and table.
+
+    Args:
+        layers: number of layers.
+
+    Returns:
+        One CSS colour a layer.
+
+    Example::
+
+        >>> depth_colors(2)
+        ['rgb(35, 96, 212)', 'rgb(208, 140, 0)']
+
+    """
+    stops = [depth / max(1, layers - 1) for depth in range(layers)]
+    return [str(color) for color in sample_colorscale(_depth_scale(), stops)] if stops else []
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape in words.
+
+    Args:
+        shape: sizes of the dimensions; empty where unknown.
+
+    Returns:
+        The sizes with multiplication signs between them.
+
+    Example::
+
+        >>> shape_text((10,)), shape_text(())
+        ('10', 'unknown')
+
+    """
+    return " \u00d7 ".join(map(str, shape)) or "unknown"
+
+
+def _describe(history: RotationHistory, quantity: str) -> _Quantity:
+    words = _escape(quantity.replace("_", " "))
+    if quantity not in _QUANTITIES and quantity not in history.quantities:
+        known = list(dict.fromkeys([*_QUANTITIES, *history.quantities]))
+        raise ValueError(f"`quantity` must be one of {known}, got {quantity!r}. Pass one that was recorded.")
+    return _QUANTITIES.get(quantity, _Quantity(words, words, False))
+
+
+def _columns(history: RotationHistory, quantity: str) -> tuple[list[int], list[list[float | None]]]:
+    """Steps at which a quantity was read, thinned, and the values of each layer at them."""
+    # Quantities may be read at different steps: a step without a reading of this one is no gap in its curves.
+    rows = [(row["step"], row[quantity]) for row in history.state_dict()["rows"] if quantity in row]
+    most = max(2, _POINTS // max(1, len(history.layer_names)))
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    columns = [[_rounded(row[layer]) for _, row in rows] for layer in range(len(history.layer_names))]
+    return [step for step, _ in rows], columns
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _measured(columns: Sequence[Sequence[float | None]]) -> bool:
+    return any(value is not None for column in columns for value in column)
+
+
+def _escape(text: str) -> str:
+    """Text that Plotly shows as it is: no markup, no ``%{…}`` template, no ``$…$`` formula, one line."""
+    return text.translate(_SPECIAL)
+
+
+def _shorten(text: str, length: int) -> str:
+    """The text with its middle left out; more of the end is kept, since that is where layers' names differ."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 3]}…{text[length // 3 + 1 - length :]}"
+
+
+def _labels(history: RotationHistory) -> list[str]:
+    # The depth keeps shortened names apart, and is the number that the table and the logged keys show too.
+    names = history.layer_names
+    if max(map(len, names), default=0) > _LABEL:
+        shared = "".join(f"{part}." for part in os.path.commonprefix([name.split(".")[:-1] for name in names]))
+        names = [f"…{name[len(shared) :]}" for name in names] if shared else names
+    return [f"{depth} {_escape(_shorten(name, _LABEL))}" for depth, name in enumerate(names)]
+
+
+def _hover(history: RotationHistory, depth: int) -> str:
+    name = _escape(_shorten(history.layer_names[depth], _HOVER))
+    return f"<b>{name}</b><br>depth {depth}, shape {shape_text(history.layer_shapes[depth])}"
+
+
+def _layer_axis(history: RotationHistory) -> dict[str, Any]:
+    # Categories, not numbers: Plotly leaves out labels for which there is no room only among categories.
+    order = {"type": "category", "categoryorder": "array", "categoryarray": _labels(history)}
+    return {**order, "autorange": "reversed", "automargin": True, "showgrid": False, "tickfont": {"size": 11}}
+
+
+def _depth_scale() -> list[list[float | str]]:
+    return [[i / (len(DEPTH_COLORS) - 1), color] for i, color in enumerate(DEPTH_COLORS)]
+
+
+def _depth_axis(layers: int) -> dict[str, Any]:
+    bar = {**_color_bar("depth, first to last layer"), "tickvals": [0, layers - 1]}
+    return {"colorscale": _depth_scale(), "cmin": 0, "cmax": layers - 1, "colorbar": bar}
+
+
+def _color_bar(title: str) -> dict[str, Any]:
+    # Placed in the container and not beside the axes, it leaves the margins alone: rows of bars and heatmap stay level.
+    place = {"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0}
+    place |= {"yref": "container", "y": 1, "yanchor": "top", "ypad": 4}
+    size = {"lenmode": "pixels", "len": 220, "thickness": 8, "outlinewidth": 0, "exponentformat": "power"}
+    return {**place, **size, "title": {"text": title, "side": "top"}}
+
+
+def _layout(measured: bool) -> dict[str, Any]:
+    """What the figures share; transparent, with greys that can be read on light and on dark paper."""
+    grey, grid = "#7d838c", "rgba(128,134,144,0.22)"
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True, "exponentformat": "power"}
+    center = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+    note = {"text": "No values were recorded.", "showarrow": False, **center}
+    return {
+        "template": "none",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": grey},
+        "margin": {"l": 56, "r": 16, "t": 68, "b": 48},
+        "showlegend": False,
+        "hovermode": "closest",
+        "xaxis": axis,
+        "yaxis": axis,
+        "annotations": [] if measured else [note],
+    }

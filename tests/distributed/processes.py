@@ -1,0 +1,77 @@
+"""Run a function in several real processes that share a gloo group, and give back what each returned."""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def launch(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 90.0) -> list[Any]:
+    """``function(rank, *args)`` in ``world`` forked processes that look like torchelastic workers to Lightning.
+
+    No strategy starts processes of its own then, so that a fit of two processes takes a second. Results must be plain
+    Python values. Processes are daemons and are killed after ``timeout`` seconds: none outlives the test.
+    """
+    context = mp.get_context("fork")
+    results = context.SimpleQueue()
+    port = _free_port()
+    workers = [
+        context.Process(target=_work, args=(rank, world, port, function, args, results), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    answers: dict[int, Any] = {}
+    end = time.monotonic() + timeout
+    try:
+        while len(answers) < world:
+            if not results.empty():
+                rank, error, answer = results.get()
+                if error:
+                    raise AssertionError(f"process {rank} of {world} failed:\n{error}")
+                answers[rank] = answer
+            elif time.monotonic() > end:
+                raise AssertionError(f"only processes {sorted(answers)} of {world} finished within {timeout} s")
+            else:
+                time.sleep(0.01)
+        for worker in workers:
+            worker.join(max(0.0, end - time.monotonic()))
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+    return [answers[rank] for rank in range(world)]
+
+
+def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: Any, results: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="test",
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, "", function(rank, *args)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

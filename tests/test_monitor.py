@@ -1,0 +1,466 @@
+"""LayerRotationMonitor in real trainings, against values computed by hand from the saved weights."""
+
+import copy
+import math
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from nets import Net, batches, trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+
+from pl_layer_rotation import LayerRotationMonitor, RotationHistory, layca_optimizers
+
+LAYERS = {"body.0": "body.0.weight", "head": "head.weight"}
+
+
+class SavedWeights(pl.Callback):
+    """The layers' weights before training and after every batch, in float64."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[dict[str, np.ndarray]] = []
+
+    def _save(self, module: nn.Module) -> None:
+        weights = module.state_dict()
+        self.snapshots.append({name: weights[key].double().flatten().numpy() for name, key in LAYERS.items()})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._save(pl_module)
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    first, second = (v.astype(np.longdouble) / np.linalg.norm(v.astype(np.longdouble)) for v in (first, second))
+    return float(((first - second) ** 2).sum() / 2)
+
+
+def by_hand(snapshots: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    start, steps = snapshots[0], range(1, len(snapshots))
+    return {
+        "rotation": np.array([[distance(snapshots[t][n], start[n]) for n in LAYERS] for t in steps]),
+        "norm_ratio": np.array(
+            [[np.linalg.norm(snapshots[t][n]) / np.linalg.norm(start[n]) for n in LAYERS] for t in steps]
+        ),
+        "angular_update": np.array(
+            [
+                [2 * math.asin(math.sqrt(distance(snapshots[t][n], snapshots[t - 1][n]) / 2)) for n in LAYERS]
+                for t in steps
+            ]
+        ),
+    }
+
+
+def fit(
+    *callbacks: pl.Callback, module: pl.LightningModule | None = None, data: Any = None, **options: Any
+) -> pl.Trainer:
+    run = trainer(*callbacks, **options)
+    run.fit(module or Net(), data or batches())
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "Layca"])
+def test_history_equals_a_computation_from_the_saved_weights(optimizer: str) -> None:
+    make = {
+        "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+        "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3),
+        "Layca": lambda m: layca_optimizers(m, lr=0.05, momentum=0.9),
+    }[optimizer]
+    monitor, saved = LayerRotationMonitor(report=False), SavedWeights()
+    fit(monitor, saved, module=Net(make), max_epochs=3)
+    assert monitor.history.layer_names == list(LAYERS)
+    assert monitor.history.steps == list(range(1, 25))
+    for quantity, expected in by_hand(saved.snapshots).items():
+        np.testing.assert_allclose(monitor.history.values(quantity).numpy(), expected, rtol=1e-6, atol=1e-14)
+
+
+def test_layca_angles_and_norms_are_as_requested() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, module=Net(lambda m: layca_optimizers(m, lr=0.05)))
+    torch.testing.assert_close(
+        monitor.history.values("angular_update"), torch.full((8, 2), math.atan(0.05)).double(), rtol=1e-5, atol=0.0
+    )
+    torch.testing.assert_close(
+        monitor.history.values("norm_ratio"), torch.ones(8, 2, dtype=torch.float64), rtol=1e-6, atol=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "log_every", "expected"),
+    [(1, 50, list(range(1, 17))), (3, 1, [3, 6, 9, 12, 15, 16]), (None, 5, [5, 10, 15, 16]), (None, 50, [16])],
+)
+def test_readings_follow_the_cadence_and_end_with_the_last_step(
+    every: int | None, log_every: int, expected: list[int]
+) -> None:
+    monitor = LayerRotationMonitor(every_n_steps=every, report=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of training batches")
+        fit(monitor, max_epochs=2, log_every_n_steps=log_every)
+    assert monitor.history.steps == expected
+
+
+def test_accumulated_batches_count_as_one_step() -> None:
+    monitor, saved = LayerRotationMonitor(report=False), SavedWeights()
+    fit(monitor, saved, data=batches(5), accumulate_grad_batches=2)
+    assert monitor.history.steps == [1, 2, 3]
+    after = [saved.snapshots[i] for i in (0, 2, 4, 5)]
+    np.testing.assert_allclose(
+        monitor.history.values("rotation").numpy(), by_hand(after)["rotation"], rtol=1e-6, atol=0
+    )
+
+
+class TwoOptimizers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int = 0) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+
+
+def test_manual_optimization_with_two_optimizers_counts_batches() -> None:
+    monitor, saved = LayerRotationMonitor(every_n_steps=3, report=False), SavedWeights()
+    fit(monitor, saved, module=TwoOptimizers())
+    assert monitor.history.steps == [3, 6, 8]
+    expected = by_hand(saved.snapshots)
+    for quantity in ("rotation", "angular_update"):
+        np.testing.assert_allclose(
+            monitor.history.values(quantity)[:2].numpy(), expected[quantity][[2, 5]], rtol=1e-6, atol=0
+        )
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    import csv
+
+    with next(folder.rglob("metrics.csv")).open(encoding="utf-8") as stream:
+        return [row for row in csv.DictReader(stream) if row.get("layer_rotation_stats/mean")]
+
+
+def test_every_logger_gets_each_reading_at_lightnings_step(tmp_path: Path) -> None:
+    monitor = LayerRotationMonitor(every_n_steps=2, log_quantities=["rotation", "norm_ratio"], report=False)
+    fit(monitor, logger=[CSVLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")])
+    for folder in ("a", "b"):
+        rows = read_csv(tmp_path / folder)
+        assert [int(row["step"]) for row in rows] == [1, 3, 5, 7]
+        logged = [[float(row[f"layer_rotation/{key}"]) for key in ("000_body_0", "001_head")] for row in rows]
+        np.testing.assert_allclose(logged, monitor.history.values("rotation").numpy(), rtol=1e-12)
+        mean = [float(row["layer_norm_ratio_stats/mean"]) for row in rows]
+        np.testing.assert_allclose(mean, monitor.history.values("norm_ratio").mean(1).numpy(), rtol=1e-12)
+
+
+def test_early_stopping_acts_on_an_aggregate_from_the_first_validation_on() -> None:
+    stop = EarlyStopping(
+        "layer_rotation_stats/mean", mode="max", stopping_threshold=1e-3, check_on_train_epoch_end=False
+    )
+    monitor = LayerRotationMonitor(every_n_steps=1000, report=False)
+    run = trainer(stop, monitor, max_epochs=50, num_sanity_val_steps=1)
+    run.fit(Net(), batches(), batches())
+    assert 0 < run.current_epoch < 50
+    mean = monitor.history.values("rotation").mean().item()
+    assert run.callback_metrics["layer_rotation_stats/mean"].item() == pytest.approx(mean, rel=1e-6)
+    assert mean >= 1e-3
+
+
+def test_model_checkpoint_keeps_the_epoch_with_the_largest_aggregate(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="layer_rotation_stats/max", mode="max", filename="{epoch}")
+    fit(LayerRotationMonitor(report=False), keep, max_epochs=3, enable_checkpointing=True)
+    assert keep.best_model_path.endswith("epoch=2.ckpt")
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("interrupted_after", [8, 11], ids=["end of an epoch", "middle of an epoch"])
+def test_resumed_history_equals_the_uninterrupted_one(
+    tmp_path: Path, interrupted_after: int, weights_only: bool
+) -> None:
+    data = batches(identical=True)
+    whole = LayerRotationMonitor(every_n_steps=2, report=False)
+    keep = [
+        ModelCheckpoint(tmp_path / run, every_n_train_steps=interrupted_after, save_top_k=-1, filename="half")
+        for run in "ab"
+    ]
+    fit(whole, keep[0], data=data, max_epochs=2, enable_checkpointing=True)
+    resumed = LayerRotationMonitor(every_n_steps=2, report=False)
+    run = trainer(resumed, keep[1], max_epochs=2, enable_checkpointing=True)
+    run.fit(Net(), data, ckpt_path=tmp_path / "a" / "half.ckpt", weights_only=weights_only)
+    assert len(whole.history) == 8
+    assert resumed.history == whole.history
+
+
+def test_a_resumed_run_may_read_at_another_cadence(tmp_path: Path) -> None:
+    fit(LayerRotationMonitor(every_n_steps=4, report=False)).save_checkpoint(tmp_path / "a.ckpt")
+    monitor = LayerRotationMonitor(every_n_steps=2, report=False)
+    trainer(monitor, max_epochs=2).fit(Net(), batches(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert monitor.history.steps == [4, 8, 10, 12, 14, 16]
+
+
+def test_without_a_saved_reference_a_resumed_run_measures_from_where_it_resumes(tmp_path: Path) -> None:
+    run = fit(LayerRotationMonitor(save_reference=False, report=False))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    assert torch.load(tmp_path / "half.ckpt", weights_only=False)["callbacks"] != {}
+    monitor = LayerRotationMonitor(save_reference=False, report=False)
+    resumed = trainer(monitor, max_epochs=2)
+    with pytest.warns(UserWarning, match=r"no weights to measure 'body.0', 'head' from: they are measured from now on"):
+        resumed.fit(Net(), batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert (monitor.history.values("rotation")[8] < monitor.history.values("rotation")[7]).all()
+
+
+def test_a_checkpoint_without_our_state_warns_and_measures_from_now(tmp_path: Path) -> None:
+    fit().save_checkpoint(tmp_path / "plain.ckpt")
+    monitor = LayerRotationMonitor(report=False)
+    with pytest.warns(UserWarning, match="the checkpoint holds no layer rotation: curves start where training resumes"):
+        trainer(monitor, max_epochs=2).fit(Net(), batches(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    assert monitor.history.steps == list(range(9, 17))
+
+
+def test_a_second_fit_goes_on_and_a_new_model_starts_anew() -> None:
+    monitor, module = LayerRotationMonitor(report=False), Net()
+    run = fit(monitor, module=module)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, batches())
+    assert monitor.history.steps == list(range(1, 17))
+    fit(monitor)
+    assert monitor.history.steps == list(range(1, 9))
+
+
+def test_validating_a_checkpoint_first_does_not_make_a_fresh_fit_resume(tmp_path: Path) -> None:
+    fit(LayerRotationMonitor(report=False)).save_checkpoint(tmp_path / "a.ckpt")
+    monitor = LayerRotationMonitor(report=False)
+    run = trainer(monitor)
+    run.validate(Net(), batches(), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    run.fit(Net(), batches())
+    assert monitor.history.steps == list(range(1, 9))
+
+
+def test_a_layer_of_zeros_is_measured_from_its_first_nonzero_weights() -> None:
+    module = Net()
+    nn.init.zeros_(module.head.weight)
+    monitor, saved = LayerRotationMonitor(report=False), SavedWeights()
+    with pytest.warns(UserWarning, match="'head' start at zero and have no direction") as caught:
+        run = fit(monitor, saved, module=module)
+    assert len([w for w in caught if "start at zero" in str(w.message)]) == 1
+    head = monitor.history.values("rotation")[:, 1]
+    expected = [distance(s["head"], saved.snapshots[1]["head"]) for s in saved.snapshots[1:]]
+    np.testing.assert_allclose(head.numpy(), expected, rtol=1e-6, atol=1e-12)
+    assert monitor.history.facts["reference_steps"] == {"head": 1}
+    assert all(math.isfinite(v) for k, v in run.callback_metrics.items() if k.startswith("layer_"))
+
+
+def test_a_layer_that_stays_zero_is_never_logged(tmp_path: Path) -> None:
+    module = Net()
+    nn.init.zeros_(module.head.weight).requires_grad_(False)
+    monitor = LayerRotationMonitor(report=False)
+    with pytest.warns(UserWarning, match="start at zero"):
+        fit(monitor, module=module, logger=CSVLogger(tmp_path))
+    assert monitor.history.values("rotation")[:, 1].isnan().all()
+    assert all("layer_rotation/001_head" not in row for row in read_csv(tmp_path))
+
+
+def test_a_frozen_layer_reads_exactly_zero() -> None:
+    module = Net()
+    module.head.requires_grad_(False)
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, module=module)
+    assert monitor.history.final() == {"body.0": pytest.approx(0.005, abs=0.02), "head": 0.0}
+    assert monitor.history.values("angular_update")[:, 1].eq(0).all()
+
+
+class GrowsLate(Net):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.late = nn.Linear(3, 3)
+            self.optimizers().add_param_group({"params": list(self.late.parameters())})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = super().forward(inputs)
+        return self.late(outputs) if hasattr(self, "late") else outputs
+
+
+def test_a_layer_that_appears_later_joins_with_its_own_start() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, module=GrowsLate(), max_epochs=2)
+    late = monitor.history.values("rotation")[:, 2]
+    assert monitor.history.layer_names == ["body.0", "head", "late"]
+    assert late[:8].isnan().all()
+    assert late[8] == 0
+    assert 0 < late[9] < late[15]
+
+
+class FailingLogger(CSVLogger):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if any(key.startswith("layer_") for key in metrics):
+            raise OSError(28, "No space left on device")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_is_a_warning_and_other_loggers_are_served(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="logging to FailingLogger failed and is left out: OSError") as caught:
+        run = fit(LayerRotationMonitor(report=False), logger=[FailingLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")])
+    assert run.state.finished
+    assert len([w for w in caught if "FailingLogger" in str(w.message)]) == 1
+    assert len(read_csv(tmp_path / "b")) == 8
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match="writing the (page|history) failed and is left out: NotADirectoryError"
+    ) as seen:
+        run = fit(LayerRotationMonitor(), default_root_dir=tmp_path / "file" / "below")
+    assert run.state.finished
+    assert len([w for w in seen if "LayerRotationMonitor" in str(w.message)]) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("boom")], ids=["Ctrl-C", "exception"])
+def test_an_interrupted_training_still_reports(tmp_path: Path, error: Any) -> None:
+    class Interrupts(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            if args[-1] == 5:
+                raise error
+
+    monitor = LayerRotationMonitor()
+    with pytest.raises((SystemExit, RuntimeError), match=r"1|boom"):
+        fit(monitor, Interrupts(), default_root_dir=tmp_path)
+    assert RotationHistory.load(tmp_path / "layer_rotation.jsonl").steps == [1, 2, 3, 4, 5]
+    assert (tmp_path / "layer_rotation.html").stat().st_size > 10_000
+
+
+def test_the_report_stands_next_to_the_logs_and_holds_the_history(tmp_path: Path, capsys: Any) -> None:
+    monitor = LayerRotationMonitor()
+    fit(monitor, logger=CSVLogger(tmp_path, name="run"), module=Net(lambda m: layca_optimizers(m, lr=0.05)))
+    folder = tmp_path / "run" / "version_0"
+    assert RotationHistory.load(folder / "layer_rotation.jsonl") == monitor.history
+    printed = capsys.readouterr().out
+    assert "Layer rotation after 8 steps" in printed
+    assert "body.0" in printed
+    assert "6×7" in printed
+    facts = monitor.history.facts
+    assert (facts["optimizer"], facts["learning_rate"], facts["devices"]) == ("Layca(SGD)", 0.05, 1)
+
+
+@pytest.mark.parametrize(
+    "option", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}, {"max_steps": 0}]
+)
+def test_trainings_that_write_nothing(tmp_path: Path, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"logger": None, "enable_checkpointing": None, "log_every_n_steps": None, **option}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = fit(LayerRotationMonitor(), **options)
+    assert run.state.finished
+    assert list(tmp_path.rglob("layer_rotation*")) == []
+
+
+def test_other_loops_are_left_alone(tmp_path: Path) -> None:
+    monitor = LayerRotationMonitor(report=False)
+    run = trainer(monitor, logger=CSVLogger(tmp_path))
+    module = Net()
+    run.validate(module, batches(), verbose=False)
+    assert monitor.state_dict() == {}
+    run.fit(module, batches())
+    steps = list(monitor.history.steps)
+    run.validate(module, batches(), verbose=False)
+    assert monitor.history.steps == steps
+
+
+def test_measuring_leaves_training_as_it_is() -> None:
+    def weights(*callbacks: pl.Callback) -> list[torch.Tensor]:
+        module = Net(lambda m: layca_optimizers(m, lr=0.05, momentum=0.9))
+        pl.seed_everything(7, verbose=False)
+        fit(*callbacks, module=module)
+        return [*module.parameters(), torch.rand(1)]
+
+    monitored, alone = weights(LayerRotationMonitor(report=False)), weights()
+    assert all(torch.equal(a, b) for a, b in zip(monitored, alone, strict=True))
+
+
+def test_a_module_without_layers_trains_on_with_one_warning() -> None:
+    class NoLayers(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Identity(), nn.LayerNorm(7)
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int = 0) -> torch.Tensor:
+            return self(batch[0]).square().mean()
+
+    with pytest.warns(UserWarning, match="NoLayers has no layers to measure"):
+        run = fit(LayerRotationMonitor(), module=NoLayers())
+    assert run.state.finished
+
+
+def test_state_is_empty_before_training_and_plain_afterwards(tmp_path: Path) -> None:
+    monitor = LayerRotationMonitor(report=False)
+    assert monitor.state_dict() == {}
+    fit(monitor)
+    torch.save(monitor.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert loaded["reference"].keys() == {"body.0", "head"}
+
+
+def test_pickle_and_deepcopy_after_a_training() -> None:
+    monitor = LayerRotationMonitor(exclude="head", report=False)
+    monitor.setup(trainer(), Net(), "fit")
+    for twin in (pickle.loads(pickle.dumps(monitor)), copy.deepcopy(monitor)):
+        assert twin.state_key == monitor.state_key
+        assert twin.history == monitor.history
+
+
+def test_monitors_with_other_options_live_side_by_side(tmp_path: Path) -> None:
+    both = [LayerRotationMonitor(report=False), LayerRotationMonitor(include="head", report=False)]
+    run = fit(*both)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    keys = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"].keys()
+    assert {monitor.state_key for monitor in both} <= set(keys)
+    assert [len(monitor.history.layer_names) for monitor in both] == [2, 1]
+
+
+def test_a_second_monitor_of_the_same_options_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LayerRotationMonitor`"):
+        trainer(LayerRotationMonitor(), LayerRotationMonitor())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1 or None, got 0"),
+        ({"every_n_steps": 2.5}, "`every_n_steps` must be an integer of at least 1 or None, got 2.5"),
+        ({"log_quantities": ["speed"]}, r"`log_quantities` must be a list out of rotation, .* got \['speed'\]"),
+        ({"log_quantities": "rotation"}, "must be a list out of rotation, .* got 'rotation'"),
+    ],
+)
+def test_bad_options_are_named_with_their_mend(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        LayerRotationMonitor(**options)
+
+
+def test_a_pattern_that_matches_nothing_stops_before_the_first_step() -> None:
+    with pytest.raises(MisconfigurationException, match=r"got 'heads', which matches none\. Similar names: 'head'"):
+        fit(LayerRotationMonitor(include="heads"))
+
+
+def test_hostile_layer_names_keep_their_curves(tmp_path: Path) -> None:
+    class Hostile(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("a/b c[0]:<b>'é", "a/b c[0]:<b>'è", "__proto__", "x" * 300):
+                self.add_module(name, nn.Linear(3, 3))
+
+    monitor = LayerRotationMonitor()
+    fit(monitor, module=Hostile(), logger=CSVLogger(tmp_path))
+    (row, *_) = read_csv(tmp_path)
+    assert len([key for key in row if key.startswith("layer_rotation/")]) == 6
+    assert RotationHistory.load(next(tmp_path.rglob("*.jsonl"))).layer_names == monitor.history.layer_names
