@@ -73,7 +73,9 @@ def cosine_distance(sums: Tensor) -> Tensor:
     turned, along, weight_square, reference_square = sums.unbind(-1)
     weight_norm, reference_norm = weight_square.sqrt(), reference_square.sqrt()
     radial = (2 * along - turned) / (weight_norm + reference_norm)
-    return ((turned - radial.square()) / (2 * weight_norm * reference_norm)).clamp(0, 2)
+    distance = ((turned - radial.square()) / (2 * weight_norm * reference_norm)).clamp(0, 2)
+    # Clamping would make 0 or 2 of round-off over a norm of zero.
+    return distance.where(weight_norm * reference_norm > 0, torch.nan)
 
 
 def angle(distance: Tensor) -> Tensor:

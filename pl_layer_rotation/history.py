@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "pl-layer-rotation history"
 _VERSION = 1
+_NOT_FINITE = frozenset({"nan", "inf", "-inf"})
 _KEY_LENGTH = 100  # characters of a layer's name in a logged key: some loggers make file names of them
 
 
@@ -210,7 +211,9 @@ class RotationHistory:
         """
         file = Path(path)
         try:
-            header, *rows = (_decode(line) for line in file.read_text(encoding="utf-8").splitlines())
+            # Not `splitlines`, which also cuts at the exotic line ends that a layer's name may hold.
+            first, *rest = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            header = _decode(first)
             known = header["format"] == _FORMAT
             version = int(header["version"])
         except (ValueError, KeyError, TypeError) as error:
@@ -223,7 +226,9 @@ class RotationHistory:
                 "Upgrade pl-layer-rotation."
             )
         try:
-            return cls.from_state_dict({"layers": header["layers"], "facts": header["facts"], "rows": rows})
+            facts = _restored(header["facts"], in_row=False)
+            rows = [_restored(_decode(line), in_row=True) for line in rest]
+            return cls.from_state_dict({"layers": header["layers"], "facts": facts, "rows": rows})
         except (ValueError, KeyError, TypeError) as error:
             raise _foreign(file, f"it is damaged: {error}") from error
 
@@ -282,28 +287,33 @@ def _foreign(file: Path, why: str) -> ValueError:
 
 
 def _encode(value: Any) -> str:
-    """JSON with null for NaN and strings for infinities, which strict JSON lacks."""
+    """Strict JSON: null for a missing value of a layer, the words of `_NOT_FINITE` for other floats that JSON lacks."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Any, in_row: bool = False) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
+        return None if in_row and math.isnan(value) else str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _finite(item, "step" in value) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_finite(item, in_row) for item in value]
     return value
 
 
 def _decode(line: str) -> dict[str, Any]:
-    """One line as a mapping, its null values as NaN again."""
     decoded = json.loads(line)
     if not isinstance(decoded, dict):
         raise ValueError(f"line is no JSON object: {line[:40]!r}")
-    if "step" not in decoded:
-        return decoded
-    return {
-        key: [math.nan if item is None else float(item) for item in value] if isinstance(value, list) else value
-        for key, value in decoded.items()
-    }
+    return decoded
+
+
+def _restored(value: Any, in_row: bool) -> Any:
+    """What `_finite` made strict, with its floats as they were."""
+    if isinstance(value, dict):
+        return {key: _restored(item, in_row) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item, in_row) for item in value]
+    if value is None and in_row:
+        return math.nan
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value

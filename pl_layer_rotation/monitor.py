@@ -352,9 +352,10 @@ class LayerRotationMonitor(CallbackBase):
     def _prepare_wandb(self, trainer: "pl.Trainer") -> None:
         from pl_layer_rotation.report.wandb_sink import prepare_run
 
+        keys = [f"layer_{quantity}_stats/{name}" for quantity in self.log_quantities for name in _STATISTICS]
+        if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS:
+            keys += [key for quantity in self.log_quantities for key in log_keys(self.history.layer_names, quantity)]
         for logger in wandb_loggers(trainer):
-            shown = self.log_quantities if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS else ()
-            keys = [key for quantity in shown for key in log_keys(self.history.layer_names, quantity)]
             prepare_run(logger.experiment, self.history, keys, prefix=logger._prefix)
 
     def _send_charts(self, trainer: "pl.Trainer") -> None:

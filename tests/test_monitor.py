@@ -182,6 +182,7 @@ def test_model_checkpoint_keeps_the_epoch_with_the_largest_aggregate(tmp_path: P
     assert keep.best_model_path.endswith("epoch=2.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("interrupted_after", [8, 11], ids=["end of an epoch", "middle of an epoch"])
 def test_resumed_history_equals_the_uninterrupted_one(
@@ -347,7 +348,7 @@ def test_the_report_stands_next_to_the_logs_and_holds_the_history(tmp_path: Path
     printed = capsys.readouterr().out
     assert "Layer rotation after 8 steps" in printed
     assert "body.0" in printed
-    assert "6×7" in printed
+    assert "6 × 7" in printed
     facts = monitor.history.facts
     assert (facts["optimizer"], facts["learning_rate"], facts["devices"]) == ("Layca(SGD)", 0.05, 1)
 

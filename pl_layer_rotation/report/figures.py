@@ -1,18 +1,20 @@
 """Plotly figures of a history: curves by depth, final rotation by layer, heatmap of depth and step."""
 
 import math
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from pl_layer_rotation.history import RotationHistory
+from pl_layer_rotation.report.text import shape_text
 
 # First to last layer: equal steps of hue and lightness in OKLCH, dark enough for white paper, light enough for black;
 # from blue to amber, so that the order remains for colour-blind readers.
-DEPTH_COLORS = ("#2360d4", "#6557d9", "#9150ce", "#b34bb8", "#cf4998", "#e24e72", "#ec5c43", "#e57200", "#d08c00")
+_DEPTH_COLORS = ("#2360d4", "#6557d9", "#9150ce", "#b34bb8", "#cf4998", "#e24e72", "#ec5c43", "#e57200", "#d08c00")
+_DEPTH_SCALE = [[i / (len(_DEPTH_COLORS) - 1), color] for i, color in enumerate(_DEPTH_COLORS)]
 
 _POINTS = 10_000  # W&B keeps no more rows of a figure's table; more points than this cannot be told apart either
 _FEW_READINGS = 12  # up to here each reading is marked: a single one would draw no line at all
@@ -21,8 +23,6 @@ _HOVER = 80  # characters of a layer's name in a hover label
 _SPECIAL = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", "{": "&#123;", "$": "&#36;", "\n": " ", "\r": " "},
 )
-_STEP_AXIS = {"title": {"text": "optimizer steps"}, "exponentformat": "none", "separatethousands": True}
-_ROTATION = "cosine distance from initialization"
 
 
 class _Quantity(NamedTuple):
@@ -32,7 +32,7 @@ class _Quantity(NamedTuple):
 
 
 _QUANTITIES = {
-    "rotation": _Quantity(_ROTATION, "cosine distance", True),
+    "rotation": _Quantity("cosine distance from initialization", "cosine distance", True),
     "angular_update": _Quantity("angle turned by one optimizer step (radians)", "angular update (radians)", True),
     "norm_ratio": _Quantity("norm of the weights / norm of the reference (ratio)", "norm ratio", False),
 }
@@ -85,12 +85,14 @@ def curves(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
             line.update(mode="lines+markers", marker=marker)
         lines.append(line)
     figure = go.Figure(lines, _layout(_measured(columns)))
-    figure.update_xaxes(_STEP_AXIS)
+    figure.update_xaxes(_step_axis(steps))
     if not few:
         figure.update_xaxes(range=[min(0, steps[0]), steps[-1]])  # markers, even unseen ones, would widen it
     figure.update_yaxes(title_text=drawn.axis, rangemode="tozero" if drawn.from_zero else "normal")
     if len(columns) > 1:
-        figure.update_layout(coloraxis=_depth_axis(len(columns)))
+        last = len(columns) - 1
+        axis = {"colorscale": _DEPTH_SCALE, "cmin": 0, "cmax": last, "tickvals": [0, last]}
+        _color_bar(figure, "depth, first to last layer", 0.25, **axis)
     return figure
 
 
@@ -122,7 +124,7 @@ def final_rotation(history: RotationHistory) -> go.Figure:
         hovertemplate="%{customdata[0]}<br>final cosine distance %{x:.3g}<extra></extra>",
     )
     figure = go.Figure(bars, _layout(_measured([values])))
-    figure.update_xaxes(title_text=_ROTATION, rangemode="tozero")
+    figure.update_xaxes(title_text="final cosine distance", rangemode="tozero")
     figure.update_yaxes(**_layer_axis(history))
     figure.update_layout(bargap=0.25)
     return figure
@@ -161,10 +163,11 @@ def heatmap(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
         hovertemplate=f"<b>%{{y}}</b><br>step %{{x:,}}<br>{drawn.short} %{{z:.3g}}<extra></extra>",
     )
     figure = go.Figure(cells, _layout(_measured(columns)))
-    figure.update_xaxes(_STEP_AXIS, showgrid=False)
+    figure.update_xaxes(_step_axis(steps), showgrid=False)
     figure.update_yaxes(**_layer_axis(history))
-    scale = {"colorscale": "Viridis", "colorbar": _color_bar(drawn.axis)}
-    figure.update_layout(coloraxis={**scale, "cmin": 0} if drawn.from_zero else scale)
+    highest = max((value for row in columns for value in row if value is not None), default=0) or 1
+    span = {"cmin": 0, "cmax": highest} if drawn.from_zero else {}
+    _color_bar(figure, drawn.short, 1, colorscale="Viridis", **span)
     return figure
 
 
@@ -187,40 +190,9 @@ def figures(history: RotationHistory) -> dict[str, go.Figure]:
 
 
 def depth_colors(layers: int) -> list[str]:
-    """Colours of that many layers in depth order, the same in every figure and table.
-
-    Args:
-        layers: number of layers.
-
-    Returns:
-        One CSS colour a layer.
-
-    Example::
-
-        >>> depth_colors(2)
-        ['rgb(35, 96, 212)', 'rgb(208, 140, 0)']
-
-    """
+    """CSS colours of that many layers in depth order, the same in every figure and table."""
     stops = [depth / max(1, layers - 1) for depth in range(layers)]
-    return [str(color) for color in sample_colorscale(_depth_scale(), stops)] if stops else []
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape in words.
-
-    Args:
-        shape: sizes of the dimensions; empty where unknown.
-
-    Returns:
-        The sizes with multiplication signs between them.
-
-    Example::
-
-        >>> shape_text((10,)), shape_text(())
-        ('10', 'unknown')
-
-    """
-    return " \u00d7 ".join(map(str, shape)) or "unknown"
+    return [str(color) for color in sample_colorscale(_DEPTH_SCALE, stops)] if stops else []
 
 
 def _describe(history: RotationHistory, quantity: str) -> _Quantity:
@@ -266,8 +238,10 @@ def _labels(history: RotationHistory) -> list[str]:
     # The depth keeps shortened names apart, and is the number that the table and the logged keys show too.
     names = history.layer_names
     if max(map(len, names), default=0) > _LABEL:
-        shared = "".join(f"{part}." for part in os.path.commonprefix([name.split(".")[:-1] for name in names]))
-        names = [f"…{name[len(shared) :]}" for name in names] if shared else names
+        # What the first and the last name in alphabetical order begin with, all names begin with.
+        parts = zip(min(names).split(".")[:-1], max(names).split(".")[:-1], strict=False)
+        shared = sum(len(part) + 1 for part, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+        names = [f"…{name[shared:]}" for name in names] if shared else names
     return [f"{depth} {_escape(_shorten(name, _LABEL))}" for depth, name in enumerate(names)]
 
 
@@ -276,33 +250,33 @@ def _hover(history: RotationHistory, depth: int) -> str:
     return f"<b>{name}</b><br>depth {depth}, shape {shape_text(history.layer_shapes[depth])}"
 
 
+def _step_axis(steps: Sequence[int]) -> dict[str, Any]:
+    whole = {"dtick": 1} if steps and steps[-1] - steps[0] < 10 else {}  # or Plotly would mark half steps
+    return {"title": {"text": "optimizer steps"}, "exponentformat": "none", "separatethousands": True, **whole}
+
+
 def _layer_axis(history: RotationHistory) -> dict[str, Any]:
     # Categories, not numbers: Plotly leaves out labels for which there is no room only among categories.
     order = {"type": "category", "categoryorder": "array", "categoryarray": _labels(history)}
     return {**order, "autorange": "reversed", "automargin": True, "showgrid": False, "tickfont": {"size": 11}}
 
 
-def _depth_scale() -> list[list[float | str]]:
-    return [[i / (len(DEPTH_COLORS) - 1), color] for i, color in enumerate(DEPTH_COLORS)]
-
-
-def _depth_axis(layers: int) -> dict[str, Any]:
-    bar = {**_color_bar("depth, first to last layer"), "tickvals": [0, layers - 1]}
-    return {"colorscale": _depth_scale(), "cmin": 0, "cmax": layers - 1, "colorbar": bar}
-
-
-def _color_bar(title: str) -> dict[str, Any]:
-    # Placed in the container and not beside the axes, it leaves the margins alone: rows of bars and heatmap stay level.
-    place = {"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0}
-    place |= {"yref": "container", "y": 1, "yanchor": "top", "ypad": 4}
-    size = {"lenmode": "pixels", "len": 220, "thickness": 8, "outlinewidth": 0, "exponentformat": "power"}
-    return {**place, **size, "title": {"text": title, "side": "top"}}
+def _color_bar(figure: go.Figure, title: str, length: float, **axis: Any) -> None:
+    """Put the figure's colour bar above the axes, where it fits a narrow screen too."""
+    place = {"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "y": 1, "yanchor": "bottom", "ypad": 10}
+    size = {"lenmode": "fraction", "len": length, "thickness": 8, "outlinewidth": 0, "exponentformat": "power"}
+    bar = {**place, **size, "tickvals": axis.pop("tickvals", None)}
+    figure.update_layout(coloraxis={**axis, "colorbar": bar})
+    # A title of the bar's own would move the axes, and rows of bars and heatmap side by side would not be level.
+    words = {"text": title, "showarrow": False, "xref": "paper", "yref": "paper", "x": 0, "y": 1}
+    figure.add_annotation(**words, xanchor="left", yanchor="bottom", yshift=40)
 
 
 def _layout(measured: bool) -> dict[str, Any]:
     """What the figures share; transparent, with greys that can be read on light and on dark paper."""
     grey, grid = "#7d838c", "rgba(128,134,144,0.22)"
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True, "exponentformat": "power"}
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": "", "automargin": True}
+    axis["exponentformat"] = "power"
     center = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
     note = {"text": "No values were recorded.", "showarrow": False, **center}
     return {

@@ -3,16 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from pl_layer_rotation.history import RotationHistory, write_text
-from pl_layer_rotation.report.figures import depth_colors, figures, shape_text
+from pl_layer_rotation.report.figures import depth_colors, figures
+from pl_layer_rotation.report.text import shape_text, three_digits
 
 _MISSING = "–"  # noqa: RUF001
 _COMPARED = ("optimizer", "learning_rate")  # shown side by side even where all runs agree
@@ -25,6 +26,7 @@ _AGGREGATES = ("mean rotation", "min", "max")
 class _Table(NamedTuple):
     head: list[str]
     rows: list[list[str]]
+    numeric: list[bool]  # by column
 
 
 class _Run(NamedTuple):
@@ -105,7 +107,7 @@ def write_page(path: str | os.PathLike[str], histories: Mapping[str, RotationHis
 
 
 @cache
-def _template() -> Any:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("pl_layer_rotation", "report"),
         autoescape=True,
@@ -118,13 +120,11 @@ def _template() -> Any:
 
 def _run(name: str, history: RotationHistory) -> _Run:
     final = history.final("rotation")
-    undefined = [layer for layer, value in final.items() if not math.isfinite(value)]
-    drawn = len(undefined) < len(final)
     return _Run(
         name=name,
         headline=_headline(history),
-        warning=_warning(undefined) if drawn and undefined else "",
-        drawn=drawn,
+        warning=_warning(history),
+        drawn=bool(_defined(history)),
         height=min(_TALLEST, _FRAME + _ROW * len(final)),
         layers=_layer_table(history),
         colors=depth_colors(len(final)),
@@ -148,10 +148,15 @@ def _headline(history: RotationHistory) -> str:
     return f"After {steps}: {layers}, rotation from {_measure(final[low])} ({low}) to {_measure(final[high])} ({high})."
 
 
-def _warning(undefined: Sequence[str]) -> str:
+def _warning(history: RotationHistory) -> str:
+    last = next((row["rotation"] for row in reversed(history.state_dict()["rows"]) if "rotation" in row), ())
+    undefined = [name for name, value in zip(history.layer_names, last, strict=False) if not math.isfinite(value)]
+    if not undefined or not _defined(history):
+        return ""
     shown = ", ".join(undefined[:3]) + (", …" if len(undefined) > 3 else "")
     verb = "has" if len(undefined) == 1 else "have"
-    return f"{_count(len(undefined), 'layer')} {verb} no defined rotation: {shown}."
+    layers = _count(len(undefined), "layer")
+    return f"{layers} {verb} no defined rotation at the last reading: {shown}. Shown is the last defined value, if any."
 
 
 def _layer_table(history: RotationHistory) -> _Table:
@@ -160,22 +165,37 @@ def _layer_table(history: RotationHistory) -> _Table:
         [str(depth), name, shape_text(shape), *(_measure(values[name]) for values in columns.values())]
         for depth, (name, shape) in enumerate(zip(history.layer_names, history.layer_shapes, strict=True))
     ]
-    return _Table(["depth", "layer", "shape", *columns], rows)
+    return _Table(["depth", "layer", "shape", *columns], rows, [False] * 3 + [True] * len(columns))
 
 
 def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
+    """One row a run: its recipe, its final rotation, its metrics, then whatever else the runs differ in."""
     facts = [_plain_facts(history.facts) for history in histories.values()]
     metrics = [_metrics(history.facts) for history in histories.values()]
-    keys = [
-        key for key in _union(facts) if key in _COMPARED or any(other.get(key) != facts[0].get(key) for other in facts)
-    ]
+    recipe = [key for key in _COMPARED if any(key in own for own in facts)]
+    varied = [key for key in _union(facts) if any(own.get(key) != facts[0].get(key) for own in facts)]
+    others = [key for key in varied if key not in recipe]
     scores = _union(metrics)
-    rows = []
-    for (name, history), own_facts, own_metrics in zip(histories.items(), facts, metrics, strict=True):
-        cells = [_fact(own_facts[key]) if key in own_facts else _MISSING for key in keys]
-        results = [_fact(own_metrics[key]) if key in own_metrics else _MISSING for key in scores]
-        rows.append([name, *cells, *_aggregates(history), *results])
-    return _Table(["run", *map(_label, keys), *_AGGREGATES, *scores], rows)
+    rows = [
+        [name, *_cells(own, recipe), *_aggregates(history), *_cells(own_metrics, scores), *_cells(own, others)]
+        for (name, history), own, own_metrics in zip(histories.items(), facts, metrics, strict=True)
+    ]
+    numeric = [
+        False,
+        *(_all_numbers(facts, key) for key in recipe),
+        *(True for _ in _AGGREGATES),
+        *(_all_numbers(metrics, key) for key in scores),
+        *(_all_numbers(facts, key) for key in others),
+    ]
+    return _Table(["run", *map(_label, recipe), *_AGGREGATES, *scores, *map(_label, others)], rows, numeric)
+
+
+def _cells(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    return [_fact(values.get(key)) for key in keys]
+
+
+def _all_numbers(mappings: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return all(isinstance(mapping.get(key, 0), (int, float)) for mapping in mappings)
 
 
 def _aggregates(history: RotationHistory) -> list[str]:
@@ -185,11 +205,10 @@ def _aggregates(history: RotationHistory) -> list[str]:
     return [_measure(value) for value in (math.fsum(final) / len(final), min(final), max(final))]
 
 
-def _same_range(drawings: Mapping[str, go.Figure], histories: Sequence[RotationHistory] | Any) -> None:
+def _same_range(drawings: Mapping[str, go.Figure], histories: Iterable[RotationHistory]) -> None:
     """Give the figures of all runs one range of rotation, so that equal heights and colours mean equal values."""
-    values = [
-        value for history in histories for row in history.state_dict()["rows"] for value in row.get("rotation", ())
-    ]
+    rows = [row for history in histories for row in history.state_dict()["rows"]]
+    values = [value for row in rows for value in row.get("rotation", ())]
     highest = max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
     for key, figure in drawings.items():
         if key.startswith("rotation"):
@@ -231,10 +250,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _measure(value: float) -> str:
-    """A measured value to three digits, zeros kept, so that columns of numbers line up."""
-    if not math.isfinite(value):
-        return _MISSING
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return three_digits(value, _MISSING)
 
 
 def _fact(value: Any) -> str:

@@ -1,9 +1,9 @@
 """The table of layers that ends a training in the terminal."""
 
-import math
 from collections.abc import Sequence
 
 from pl_layer_rotation.history import RotationHistory
+from pl_layer_rotation.report.text import shape_text, three_digits
 
 _MOST_ROWS = 60  # layers that are shown; a longer table keeps its first and last
 _COLUMNS = ("depth", "layer", "shape", "rotation", "norm ratio", "last update (rad)")
@@ -23,12 +23,12 @@ def table_rows(history: RotationHistory) -> list[tuple[str, ...]]:
         >>> history = RotationHistory(["conv", "fc"], [(8, 1, 3, 3), (10, 8)])
         >>> history.append(1, rotation=[0.25, 0.5], norm_ratio=[1.0, 1.1])
         >>> table_rows(history)[1]
-        ('1', 'fc', '10×8', '0.500', '1.10', '-')
+        ('1', 'fc', '10 × 8', '0.500', '1.10', '-')
 
     """
     values = [history.final(quantity) for quantity in ("rotation", "norm_ratio", "angular_update")]
     return [
-        (str(depth), name, "×".join(map(str, shape)) or "-", *(three_digits(value[name]) for value in values))
+        (str(depth), name, shape_text(shape, "-"), *(three_digits(value[name]) for value in values))
         for depth, (name, shape) in enumerate(zip(history.layer_names, history.layer_shapes, strict=True))
     ]
 
@@ -56,14 +56,6 @@ def print_table(history: RotationHistory) -> None:
         # As Text, so that rich does not take a layer called "[red]" for markup.
         table.add_row(*map(Text, row))
     Console().print(table)
-
-
-def three_digits(value: float) -> str:
-    """A number with three significant digits, ``-`` for NaN."""
-    if math.isnan(value):
-        return "-"
-    text = f"{value:#.3g}"
-    return text.rstrip(".")
 
 
 def _print_plain(title: str, rows: Sequence[Sequence[str]]) -> None:

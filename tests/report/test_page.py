@@ -1,0 +1,192 @@
+"""What the page says, and that nothing in it can break out of its place."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pl_layer_rotation import RotationHistory
+from pl_layer_rotation.report.page import render_page, write_page
+
+EVIL = '</script><b>"x"</b>&\''
+
+
+def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any) -> RotationHistory:
+    names = names or [f"layer{i}" for i in range(len(rows[0]))]
+    history = RotationHistory(names, [(8, 3)] * len(names), facts)
+    for i, row in enumerate(rows):
+        history.append(10 * (i + 1), rotation=row)
+    return history
+
+
+class Reader(HTMLParser):
+    """Collects the visible text, the rows of all tables, the tags and the data of the figures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: dict[str, Any] = {}
+        self._inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self._inside.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._inside.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside[-1:] == ["script"]:
+            if self.tags[-1][1].get("id") == "figures":
+                self.figures = json.loads(data)
+        elif self._inside and "style" not in self._inside and data.strip():
+            self.words.append(data)
+            if "td" in self._inside or "th" in self._inside:
+                self.rows[-1].append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(**histories: RotationHistory) -> Reader:
+    return Reader(render_page(histories))
+
+
+def test_headline_has_the_numbers_that_matter() -> None:
+    text = read(run=history_of([0.1, 0.2, 0.3], [0.25, 0.5, 0.75])).text
+    assert "After 20 optimizer steps: 3 layers, rotation from 0.250 (layer0) to 0.750 (layer2)." in text
+
+
+def test_says_what_the_lines_are_and_promises_nothing() -> None:
+    text = read(run=history_of([0.1])).text
+    assert "Each line is one layer: how far its weights have turned away from where they started" in text
+    assert "A high distance alone does not mean that a run generalizes better." in text
+
+
+@pytest.mark.parametrize(
+    ("history", "sentence"),
+    [
+        (RotationHistory([]), "This run has no layers to show."),
+        (RotationHistory(["a", "b"]), "This run has 2 layers and no readings yet."),
+        (history_of([math.nan, math.nan]), "After 10 optimizer steps none of the 2 layers has a defined rotation."),
+        (history_of([0.5]), "After 10 optimizer steps: 1 layer, rotation 0.500 (layer0)."),
+    ],
+    ids=["no layers", "no readings", "undefined", "one layer"],
+)
+def test_sparse_runs_are_put_in_words(history: RotationHistory, sentence: str) -> None:
+    assert sentence in read(run=history).text
+    assert sentence in read(run=history, other=history_of([0.1])).text
+
+
+def test_layers_that_went_undefined_are_named() -> None:
+    text = read(run=history_of([0.1, 0.2], [0.3, math.nan])).text
+    assert (
+        "1 layer has no defined rotation at the last reading: layer1. Shown is the last defined value, if any." in text
+    )
+    assert "no defined rotation" not in read(run=history_of([0.1, math.nan], [0.3, 0.4])).text
+
+
+def test_layer_table_has_every_quantity_that_was_recorded() -> None:
+    history = RotationHistory(["conv", "fc"], [(8, 3), ()])
+    history.append(10, rotation=[0.5, math.nan], norm_ratio=[1.0, 1234.5], angular_update=[0.0369, 1e-7])
+    assert read(run=history).rows == [
+        ["depth", "layer", "shape", "final rotation", "norm ratio", "last angular update (rad)"],
+        ["0", "conv", "8 \u00d7 3", "0.500", "1.00", "0.0369"],
+        ["1", "fc", "unknown", "\u2013", "1,234", "1.00e-07"],
+    ]
+
+
+def test_facts_are_shown_known_or_not() -> None:
+    facts = {"optimizer": "SGD", "learning_rate": 1 / 3, "nesterov": True, "seed": None, "betas": [0.9, 0.99]}
+    text = read(run=history_of([0.1], **facts, metrics={"val_acc": 0.98765})).text
+    for shown in ("optimizer SGD", "learning rate 0.333", "nesterov yes", "seed \u2013", "betas [0.9, 0.99]"):
+        assert shown in text
+    assert "val_acc 0.988" in text
+
+
+def test_comparison_has_recipe_rotation_metrics_and_what_differs() -> None:
+    one = history_of([0.2, 0.4], optimizer="SGD", learning_rate=0.1, devices=2, seed=1, metrics={"acc": 0.9})
+    two = history_of([0.5, 0.7], optimizer="SGD", devices=2, seed=2)
+    assert read(one=one, two=two).rows[:3] == [
+        ["run", "optimizer", "learning rate", "mean rotation", "min", "max", "acc", "seed"],
+        ["one", "SGD", "0.1", "0.300", "0.200", "0.400", "0.9", "1"],
+        ["two", "SGD", "\u2013", "0.600", "0.500", "0.700", "\u2013", "2"],
+    ]
+
+
+def test_runs_are_drawn_on_one_scale() -> None:
+    drawn = read(one=history_of([0.2], [0.1]), two=history_of([0.5])).figures
+    for i in range(2):
+        assert drawn[f"rotation-{i}"]["layout"]["yaxis"]["range"] == [0, 0.52]
+        assert drawn[f"final_rotation-{i}"]["layout"]["xaxis"]["range"] == [0, 0.52]
+        assert drawn[f"heatmap-{i}"]["layout"]["coloraxis"]["cmax"] == 0.5
+
+
+def test_each_run_has_its_plots_and_several_an_overview() -> None:
+    plots = [attributes for _, attributes in read(one=history_of([0.1]), two=history_of([0.2])).tags]
+    ids = [a["id"] for a in plots if a.get("class") == "plot"]
+    each = [f"{kind}-{i}" for i in range(2) for kind in ("rotation", "final_rotation", "heatmap")]
+    assert ids == ["overview-0", "overview-1", *each]
+
+
+def test_no_text_breaks_out_of_its_place() -> None:
+    history = history_of([0.1, 0.2], names=[EVIL, "fc"], **{EVIL: EVIL}, metrics={EVIL: EVIL})
+    reader = Reader(render_page({EVIL: history, "other": history}))
+    assert "b" not in {tag for tag, _ in reader.tags}
+    assert reader.text.count(EVIL) >= 8
+    assert reader.figures["rotation-0"]["data"][0]["name"] == EVIL.replace("&", "&amp;").replace("<", "&lt;").replace(
+        ">", "&gt;"
+    )
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    tags = read(run=history_of([0.1])).tags
+    sources = [a.get("src") or (a.get("href") if tag == "link" else None) for tag, a in tags]
+    assert {source for source in sources if source} == {"data:,"}
+    policy = [a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0] is not None
+    assert policy[0].startswith("default-src 'none'; ")
+
+
+def test_head_is_complete() -> None:
+    page = render_page({"my run": history_of([0.1])})
+    for part in ('<html lang="en">', '<meta charset="utf-8">', 'name="viewport"'):
+        assert part in page
+    assert re.findall("<title>(.*)</title>", page.split("<style>")[0]) == ["Layer rotation: my run"]
+
+
+def test_plotly_is_there_once() -> None:
+    page = render_page({"one": history_of([0.1]), "two": history_of([0.2])})
+    assert page.count("* plotly.js v") == 1
+
+
+def test_same_histories_give_the_same_bytes() -> None:
+    def page() -> str:
+        return render_page({"run": history_of([0.1, 0.2], optimizer="SGD")})
+
+    assert page() == page()
+
+
+def test_written_whole_into_a_new_folder(tmp_path: Path) -> None:
+    history = history_of([0.1], names=["層"])
+    write_page(tmp_path / "new" / "page.html", {"run": history})
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == render_page({"run": history})
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_no_run_at_all_is_refused(tmp_path: Path) -> None:
+    message = r"`histories` must hold at least one run, got none\. Pass \{name: history\}\."
+    with pytest.raises(ValueError, match=message):
+        write_page(tmp_path / "page.html", {})
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,125 @@
+"""Who may import whom, what an import may cost, and that every public name shows an example."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pl_layer_rotation
+
+PACKAGE = Path(pl_layer_rotation.__file__).parent
+SOURCES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
+HEAVY = {"plotly", "wandb"}
+LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
+
+# Two chains, each module seeing only what stands left of it: measuring and turning, recording and reporting. The
+# monitor and the package itself tie them together.
+ANY = set(SOURCES)
+REPORT = {"history", *(name for name in SOURCES if name.startswith("report/"))}
+MAY_IMPORT: dict[str, set[str]] = {
+    "layer_selection": set(),
+    "_geometry": set(),
+    "_sharding": set(),
+    "_base_optimizer": set(),
+    "learning_rate": set(),
+    "metric": {"layer_selection", "_geometry", "_sharding"},
+    "param_groups": {"layer_selection"},
+    "layca": {"layer_selection", "_geometry", "_sharding", "_base_optimizer"},
+    "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer"},
+    "_lightning": {"layca"},
+    "history": set(),
+    **dict.fromkeys(REPORT - {"history"}, REPORT),
+    "cli": REPORT,
+    "monitor": ANY,
+    "__init__": ANY,
+}
+
+
+def nodes(tree: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    """What runs on import, and what runs in functions where asked; blocks for type checkers never."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from nodes(ast.Module(node.orelse, []), inside_functions)
+            continue
+        yield node
+        if inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from nodes(node, inside_functions)
+
+
+def imported(name: str, *, inside_functions: bool = False) -> set[str]:
+    """Full names that a source file of the package imports."""
+    found: set[str] = set()
+    for node in nodes(ast.parse(SOURCES[name].read_text(encoding="utf-8")), inside_functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import, line {node.lineno}"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def siblings(name: str) -> set[str]:
+    """Modules of the package among what a source file imports when it is imported itself."""
+    own = [
+        full.removeprefix("pl_layer_rotation.").replace(".", "/") for full in imported(name) if full.startswith("pl_")
+    ]
+    return {module for module in own if module in SOURCES}
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_module_imports_only_what_stands_before_it(name: str) -> None:
+    assert name in MAY_IMPORT, f"say in MAY_IMPORT where {name} stands"
+    assert siblings(name) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith("report/")])
+def test_nothing_outside_of_report_imports_plotly_or_wandb_at_module_level(name: str) -> None:
+    assert not top_level(imported(name)) & HEAVY
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("report/")])
+def test_report_never_imports_lightning(name: str) -> None:
+    assert not top_level(imported(name, inside_functions=True)) & LIGHTNING
+
+
+def test_the_rules_see_the_imports_that_they_are_about() -> None:
+    assert siblings("metric") == {"layer_selection", "_geometry", "_sharding"}
+    assert "plotly" in top_level(imported("report/figures"))
+    assert "plotly" not in top_level(imported("history", inside_functions=True))
+    assert "pl_layer_rotation.report.figures" in imported("history", inside_functions=True) - imported("history")
+    assert "layca" in siblings("monitor") | siblings("_lightning")
+
+
+def test_importing_the_package_loads_neither_wandb_nor_plotly() -> None:
+    code = (
+        "import sys, pytorch_lightning, pl_layer_rotation\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'wandb', 'plotly'}))"
+    )
+    root = PACKAGE.parent
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=root, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    assert set(pl_layer_rotation.__all__) == {
+        *("LayerRotationMonitor", "LayerRotation", "layer_rotation", "Layca", "layca_optimizers"),
+        *("layca_param_groups", "rotation_lr", "select_layers", "RotationHistory"),
+    }
+    assert list(pl_layer_rotation.__all__) == sorted(pl_layer_rotation.__all__)
+
+
+@pytest.mark.parametrize("name", pl_layer_rotation.__all__)
+def test_every_public_name_shows_an_example(name: str) -> None:
+    docstring = inspect.getdoc(getattr(pl_layer_rotation, name)) or ""
+    assert "Example::\n\n    >>> " in docstring
+    assert len(docstring.splitlines()[0]) > 20

@@ -1,0 +1,303 @@
+"""Parameter groups for Layca: every trainable parameter once, and each layer at its rate."""
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from pl_layer_rotation import Layca, layca_param_groups
+
+Groups = list[dict[str, Any]]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm([3, 3]), nn.Linear(3, 3), nn.Embedding(5, 2), nn.Linear(3, 2))
+
+
+def tied() -> nn.Sequential:
+    module = network()
+    module[4].weight = module[2].weight = nn.Parameter(torch.ones(3, 3))
+    return module
+
+
+def rewritten() -> nn.Sequential:
+    module = network()
+    parametrizations.weight_norm(module[0])
+    parametrizations.spectral_norm(module[2])
+    prune.l1_unstructured(module[4], "weight", amount=0.5)
+    return module
+
+
+def partly_frozen() -> nn.Sequential:
+    module = network()
+    module[0].requires_grad_(False)
+    module[4].bias.requires_grad_(False)
+    return module
+
+
+def with_zeros() -> nn.Sequential:
+    module = network()
+    nn.init.zeros_(module[2].weight)
+    nn.init.zeros_(module[4].weight)
+    return module
+
+
+def by_name(groups: Groups) -> dict[str, dict[str, Any]]:
+    assert len({group["name"] for group in groups}) == len(groups)
+    return {group["name"]: group for group in groups}
+
+
+def rates(groups: Groups) -> dict[str, float]:
+    return {name: group["lr"] for name, group in by_name(groups).items()}
+
+
+def params(groups: Groups, name: str) -> list[int]:
+    return [id(parameter) for parameter in by_name(groups)[name]["params"]]
+
+
+def assert_partition(groups: Groups, module: nn.Module) -> None:
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    assert counts == dict.fromkeys([id(p) for p in module.parameters() if p.requires_grad], 1)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "plain": network,
+    "tied": tied,
+    "rewritten": rewritten,
+    "partly frozen": partly_frozen,
+    "layers of zeros": with_zeros,
+    "compiled": lambda: torch.compile(network()),
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16),
+    "lstm": lambda: nn.LSTM(3, 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Layers of zeros:UserWarning")
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("alpha", [None, 0.5], ids=["two groups", "multipliers"])
+def test_every_trainable_parameter_is_in_exactly_one_group(make: Callable[[], nn.Module], alpha: float | None) -> None:
+    module = make()
+    groups = layca_param_groups(module, layer_multipliers=alpha)
+    assert_partition(groups, module)
+    assert all(group["params"] for group in groups)
+    Layca(groups)
+
+
+def test_layers_rotate_in_depth_order_and_all_the_rest_is_plain() -> None:
+    module = network()
+    groups = layca_param_groups(module, lr=0.02, plain_lr=0.1)
+    layers = [module[i].weight for i in (0, 2, 4)]
+    rest = [module[0].bias, module[1].weight, module[1].bias, module[2].bias, module[3].weight, module[4].bias]
+    assert params(groups, "rotating") == [id(parameter) for parameter in layers]
+    assert params(groups, "plain") == [id(parameter) for parameter in rest]
+    assert [(group["name"], group["lr"], group["rotate"]) for group in groups] == [
+        ("rotating", 0.02, True),
+        ("plain", 0.1, False),
+    ]
+
+
+def test_default_rates_are_the_papers_and_equal() -> None:
+    assert rates(layca_param_groups(network())) == {"rotating": 3**-3, "plain": 3**-3}
+    assert rates(layca_param_groups(network(), lr=0.5)) == {"rotating": 0.5, "plain": 0.5}
+
+
+def test_a_plain_rate_of_zero_is_not_taken_for_none() -> None:
+    assert rates(layca_param_groups(network(), lr=0.5, plain_lr=0.0))["plain"] == 0
+
+
+def test_a_group_that_would_be_empty_is_left_out() -> None:
+    assert [group["name"] for group in layca_param_groups(nn.Linear(2, 2, bias=False))] == ["rotating"]
+
+
+def test_frozen_parameters_are_left_out_and_join_once_they_are_trainable() -> None:
+    module = partly_frozen()
+    frozen = [id(module[0].weight), id(module[0].bias), id(module[4].bias)]
+    groups = layca_param_groups(module)
+    assert not set(frozen) & {id(parameter) for group in groups for parameter in group["params"]}
+    module.requires_grad_(True)
+    groups = layca_param_groups(module)
+    assert set(frozen) <= {id(parameter) for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "rotating"),
+    [
+        ({"include": "0"}, [0]),
+        ({"exclude": "0"}, [2, 4]),
+        ({"include": ["*", "Embedding"], "exclude": "4"}, [0, 2, 3]),
+    ],
+    ids=["include", "exclude", "with embeddings"],
+)
+def test_patterns_choose_what_rotates(options: dict[str, Any], rotating: list[int]) -> None:
+    module = network()
+    groups = layca_param_groups(module, **options)
+    assert params(groups, "rotating") == [id(module[i].weight) for i in rotating]
+    assert_partition(groups, module)
+
+
+def test_two_calls_give_lists_of_their_own() -> None:
+    module = network()
+    first = layca_param_groups(module)
+    first[0]["params"].clear()
+    first[0]["lr"] = 7
+    assert len(layca_param_groups(module)[0]["params"]) == 3
+
+
+def test_disjoint_patterns_give_disjoint_groups_for_two_optimizers() -> None:
+    module = nn.ModuleDict({"generator": nn.Linear(3, 3), "critic": nn.Linear(3, 3)})
+    groups = [layca_param_groups(module[name])[0]["params"] for name in ("generator", "critic")]
+    assert [[id(p) for p in group] for group in groups] == [[id(module[n].weight)] for n in ("generator", "critic")]
+
+
+# --- layers of zeros ---
+
+
+def test_layers_of_zeros_are_plain_and_one_warning_names_them() -> None:
+    module = with_zeros()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        groups = layca_param_groups(module)
+    assert [(warning.category, str(warning.message)) for warning in caught] == [
+        (UserWarning, "Layers of zeros have no direction to turn and take plain steps: 2, 4.")
+    ]
+    assert params(groups, "rotating") == [id(module[0].weight)]
+    assert {id(module[2].weight), id(module[4].weight)} <= set(params(groups, "plain"))
+
+
+@pytest.mark.parametrize("value", [1e-30, math.nan], ids=["tiny", "NaN"])
+def test_one_number_that_is_not_zero_is_a_direction(value: float) -> None:
+    module = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(module.weight)
+    with torch.no_grad():
+        module.weight[1, 2] = value
+    assert [group["name"] for group in layca_param_groups(module)] == ["rotating"]
+
+
+def test_frozen_and_excluded_layers_of_zeros_are_not_warned_about() -> None:
+    module = with_zeros()
+    module[2].requires_grad_(False)
+    assert params(layca_param_groups(module, exclude="4"), "rotating") == [id(module[0].weight)]
+
+
+def test_weights_without_values_are_not_taken_for_zeros() -> None:
+    with torch.device("meta"):
+        module = network()
+    assert len(by_name(layca_param_groups(module))["rotating"]["params"]) == 3
+
+
+# --- multipliers ---
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.1, 0.99], ids="alpha {:g}".format)
+def test_a_positive_alpha_slows_early_layers(alpha: float) -> None:
+    found = rates(layca_param_groups(network(), lr=0.1, layer_multipliers=alpha))
+    expected = [0.1 * (1 - alpha) ** power for power in (5, 2.5, 0)]
+    assert list(found)[:3] == ["rotating/0", "rotating/2", "rotating/4"]
+    assert list(found.values())[:3] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("alpha", [-0.6, -0.1, -0.99], ids="alpha {:g}".format)
+def test_a_negative_alpha_slows_late_layers(alpha: float) -> None:
+    found = rates(layca_param_groups(network(), lr=0.1, layer_multipliers=alpha))
+    expected = [0.1 * (1 + alpha) ** power for power in (0, 2.5, 5)]
+    assert list(found.values())[:3] == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, {}], ids=repr)
+def test_an_alpha_of_zero_and_an_empty_mapping_turn_all_alike(alpha: Any) -> None:
+    found = rates(layca_param_groups(network(), lr=0.1, plain_lr=0.3, layer_multipliers=alpha))
+    assert found == {"rotating/0": 0.1, "rotating/2": 0.1, "rotating/4": 0.1, "plain": 0.3}
+
+
+@pytest.mark.parametrize("alpha", [0.6, -0.6])
+def test_a_single_layer_keeps_a_rate_that_is_not_zero(alpha: float) -> None:
+    rate = rates(layca_param_groups(nn.Linear(2, 2), lr=0.1, layer_multipliers=alpha))["rotating/weight"]
+    assert rate == pytest.approx(0.1 * (1 - alpha) ** 5 if alpha > 0 else 0.1, rel=1e-12, abs=0)
+
+
+def test_a_mapping_gives_factors_by_name_and_one_to_the_others() -> None:
+    found = rates(layca_param_groups(network(), lr=0.1, layer_multipliers={"4": 0.5, "0": 0}))
+    assert found == pytest.approx(
+        {"rotating/0": 0, "rotating/2": 0.1, "rotating/4": 0.05, "plain": 0.1}, rel=1e-12, abs=0
+    )
+
+
+def test_with_multipliers_each_layer_is_a_rotating_group_and_the_rest_one_plain_group() -> None:
+    module = network()
+    groups = layca_param_groups(module, layer_multipliers=0.5)
+    assert [group["rotate"] for group in groups] == [True, True, True, False]
+    assert [params(groups, f"rotating/{i}") for i in (0, 2, 4)] == [[id(module[i].weight)] for i in (0, 2, 4)]
+
+
+def test_alpha_counts_only_layers_that_rotate() -> None:
+    found = rates(layca_param_groups(network(), lr=0.1, layer_multipliers=0.5, exclude="2"))
+    assert found == pytest.approx({"rotating/0": 0.1 * 0.5**5, "rotating/4": 0.1, "plain": 0.1}, rel=1e-12, abs=0)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("alpha", [1, -1, 1.5, math.nan, math.inf], ids=repr)
+def test_alpha_must_be_between_minus_one_and_one(alpha: float) -> None:
+    text = (
+        f"`layer_multipliers` must be an alpha between -1 and 1 (not included), got {alpha!r}. "
+        "Positive values slow early layers, negative values late ones; 0 turns all alike."
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(network(), layer_multipliers=alpha)
+
+
+@pytest.mark.parametrize("factor", [-0.1, math.nan, math.inf], ids=repr)
+def test_factors_must_be_finite_and_not_negative(factor: float) -> None:
+    text = (
+        f"`layer_multipliers` must be finite and at least 0, got {factor!r} for '2'. "
+        "Leave a layer out of the rotation with `exclude`."
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(network(), layer_multipliers={"2": factor})
+
+
+@pytest.mark.parametrize("name", ["1", "2.weight", "nowhere"], ids=["a normalization", "a parameter", "nothing"])
+def test_factors_for_what_does_not_rotate_are_an_error(name: str) -> None:
+    text = f"`layer_multipliers` must name rotating layers, got ['{name}']. The layers are ['0', '2', '4']."
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(network(), layer_multipliers={"0": 0.5, name: 0.5})
+
+
+def without_layers() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(3), nn.Embedding(5, 3))
+
+
+def all_zeros() -> nn.Module:
+    module = nn.Linear(3, 3)
+    nn.init.zeros_(module.weight)
+    return nn.Sequential(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "trainable"),
+    [(lambda: network().requires_grad_(False), 0), (without_layers, 3), (all_zeros, 2), (nn.Sequential, 0)],
+    ids=["all frozen", "no layers", "all zeros", "no parameters"],
+)
+def test_nothing_to_rotate_is_an_error(make: Callable[[], nn.Module], trainable: int) -> None:
+    text = (
+        f"`module` must have a trainable layer to rotate, got Sequential with {trainable} trainable parameters, "
+        "none of them a layer that is not all zeros. "
+        "Use a torch optimizer for it, or select other layers with `include`."
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(make())
+
+
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(MisconfigurationException, match="`exclude` patterns must match a layer's name or module type"):
+        layca_param_groups(network(), exclude="head")
