@@ -341,7 +341,11 @@ class Layca(Optimizer):
             and group.get("foreach") is None
             and not group.get("capturable", False)
             and all(
-                p.is_floating_point() and p.device.type in _FUSED_DEVICES and p.grad.layout == torch.strided
+                p.is_floating_point()
+                and p.device.type in _FUSED_DEVICES
+                and p.grad.layout == torch.strided
+                # Fused kernels on the CPU pair elements by their place in memory.
+                and p.grad.stride() == p.stride()
                 for p in members
             )
             # Fused kernels cannot start the state of some tensors while they go on with that of others.

@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Small tensors: a second thread only waits for the first, or fights with other processes for its core.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

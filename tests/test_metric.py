@@ -173,7 +173,6 @@ def test_a_layer_with_nan_reads_nan_and_the_others_are_right() -> None:
     assert float(reading["3"]) == pytest.approx(distances(weights(module), start)["3"], rel=1e-6, abs=0)
 
 
-@pytest.mark.xfail(strict=True, reason="round-off over a zero norm is clamped to 0 or 2 instead of NaN")
 def test_a_layer_that_starts_at_zero_reads_nan_for_good() -> None:
     module = network()
     nn.init.zeros_(module[3].weight)
