@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import re
 import tempfile
@@ -107,6 +108,7 @@ class RotationHistory:
             ValueError: If ``step`` does not follow the last one, or a quantity has another length.
 
         """
+        step = operator.index(step)
         if self.steps and step <= self.steps[-1]:
             raise ValueError(f"`step` must be larger than that of the last reading ({self.steps[-1]}), got {step}.")
         row = {name: [float(value) for value in values] for name, values in quantities.items()}
@@ -115,7 +117,7 @@ class RotationHistory:
                 raise ValueError(
                     f"`{name}` must have one value for each of the {len(self.layer_names)} layers, got {len(values)}."
                 )
-        self.steps.append(int(step))
+        self.steps.append(step)
         self._rows.append(row)
 
     def values(self, quantity: str) -> Tensor:
@@ -216,7 +218,7 @@ class RotationHistory:
             header = _decode(first)
             known = header["format"] == _FORMAT
             version = int(header["version"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _foreign(file, "it has no header of ours") from error
         if not known:
             raise _foreign(file, f"its format is {header['format']!r}")

@@ -1,7 +1,7 @@
 """Which tensors of a module are layers: the one rule that the monitor, the metric and the optimizer share."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -11,11 +11,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-_NORM_TYPES: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_NORM_TYPES: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDING_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
 # What torch.compile, FSDP, activation checkpointing and Fabric put between a module and its own name.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+_NO_NAME = _WRAPPERS | {"parametrizations"}
 
 
 class _Candidate(NamedTuple):
@@ -116,7 +120,7 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
         path = [
             part
             for part, parent in zip(parts, parents, strict=True)
-            if part not in _WRAPPERS and not (part == "module" and isinstance(parent, DistributedDataParallel))
+            if part not in _NO_NAME and not (part == "module" and isinstance(parent, DistributedDataParallel))
         ]
         if isinstance(owner, ParametrizationList):
             # `fc.parametrizations.weight` holds the originals of `fc.weight`: the owner is `fc`.
@@ -124,16 +128,28 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
             for name, parameter in owner.named_parameters(recurse=False):
                 if name != gain:
                     original = path[-1] if name in ("original", "original1") else f"{path[-1]}.{name}"
-                    yield path[:-2], parents[-2], original, parameter
+                    yield path[:-1], parents[-2], original, parameter
             continue
+        renamed, gains = _originals(owner)
         own = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
-        for name, parameter in own.items():
-            # The older weight_norm replaces `weight` by `weight_g` and `weight_v`, pruning by `weight_orig`.
-            if name.endswith("_g") and f"{name[:-2]}_v" in own:
-                continue
-            if name.endswith("_v") and f"{name[:-2]}_g" in own:
-                name = name[:-2]
-            yield path, owner, name.removesuffix("_orig"), parameter
+        for own_name, parameter in own.items():
+            if own_name not in gains:
+                yield path, owner, renamed.get(own_name, own_name), parameter
+
+
+def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:
+    """What hooks of torch renamed: the new names with the old ones, and the gains of the older weight_norm."""
+    renamed: dict[str, str] = {}
+    gains: set[str] = set()
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            renamed[f"{hook.name}_v"] = hook.name
+            gains.add(f"{hook.name}_g")
+        elif isinstance(hook, SpectralNorm):
+            renamed[f"{hook.name}_orig"] = hook.name
+        elif isinstance(hook, BasePruningMethod):
+            renamed[f"{hook._tensor_name}_orig"] = str(hook._tensor_name)
+    return renamed, gains
 
 
 def _clean_name(path: list[str], parameter_name: str) -> str:
@@ -153,7 +169,7 @@ def _is_embedding(module: nn.Module) -> bool:
 def _as_patterns(argument: str, patterns: Sequence[str] | str | None) -> list[str] | None:
     if patterns is None:
         return None
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    listed = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
             raise MisconfigurationException(
@@ -170,7 +186,7 @@ def _matching_or_raise(argument: str, pattern: str, candidates: list[_Candidate]
     found = _matching(pattern, candidates)
     if found:
         return found
-    names = [c.name for c in candidates]
+    names = [c.name for c in sorted(candidates, key=lambda c: not c.by_default)]
     known = [*names, *sorted({kind for c in candidates for kind in c.types} - {"Module"})]
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or names[:3]
     hint = f"Similar names: {', '.join(map(repr, near))}." if near else "The module has no layers."

@@ -1,14 +1,15 @@
 """Cosine distance between layers and their reference: a function on tensors and a torchmetrics metric on modules."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._sharding import local_tensor, shard_count, share_of_sums
+from pl_layer_rotation._sharding import local_tensor, shard_count, share_of_sums, sum_over_processes
 from pl_layer_rotation.layer_selection import select_layers
 
 
@@ -36,13 +37,21 @@ def layer_rotation(weights: Tensor, reference: Tensor) -> Tensor:
         tensor(1., dtype=torch.float64)
 
     """
+    # Sharded tensors (DTensor): every process that holds a piece must call.
     if weights.shape != reference.shape:
         raise ValueError(
             f"`weights` and `reference` must have the same shape, got {tuple(weights.shape)} and "
             f"{tuple(reference.shape)}. Pass the same layer at two times."
         )
-    sums, _ = geometry.rotation_sums([weights], [reference], [True])
-    return geometry.cosine_distance(sums)[0]
+    counts = [shard_count(weights)]
+    pieces = local_tensor(weights), local_tensor(reference)
+    if pieces[0].shape != pieces[1].shape:
+        raise ValueError(
+            "`weights` and `reference` must be sharded alike, got local pieces of shapes "
+            f"{tuple(pieces[0].shape)} and {tuple(pieces[1].shape)}. Distribute the reference as the weights are."
+        )
+    sums, _ = geometry.rotation_sums([pieces[0]], [pieces[1]], [counts[0] == 1])
+    return geometry.cosine_distance(sum_over_processes(sums, counts, pieces[0].device))[0]
 
 
 class LayerRotation(Metric):
@@ -89,8 +98,7 @@ class LayerRotation(Metric):
     full_state_update = True
     plot_lower_bound = 0.0
     plot_upper_bound = 2.0
-
-    sums: Tensor
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "sums"]
 
     def __init__(
         self,
@@ -100,7 +108,8 @@ class LayerRotation(Metric):
         reference: Mapping[str, Tensor] | None = None,
         **metric_kwargs: Any,
     ) -> None:
-        super().__init__(**metric_kwargs)
+        # The result is a dictionary: a caller that edits it must not edit the cache.
+        super().__init__(**{"compute_with_cache": False, **metric_kwargs})
         self.include, self.exclude = include, exclude
         layers = select_layers(module, include, exclude)
         if not layers:
@@ -109,9 +118,17 @@ class LayerRotation(Metric):
                 "more dimensions. Pass the module that holds the network."
             )
         self.layer_names = list(layers)
-        start: Mapping[str, Tensor] = layers if reference is None else _by_layer(reference, layers)
+        start: Mapping[str, Tensor] = layers if reference is None else _by_layer(reference, layers, module)
         self._references = [local_tensor(start[name]).to(w.device, copy=True) for name, w in layers.items()]
-        self.add_state("sums", torch.zeros(len(layers), 4, dtype=torch.float64), dist_reduce_fx="sum")
+        # A collection merges metrics whose states have one name and one value at first. These of other layers may start
+        # with equal sums (a copy of a network), so the name says which layers it holds.
+        self._state = f"sums_{zlib.crc32(repr(self.layer_names).encode()):08x}"
+        self.add_state(self._state, torch.zeros(len(layers), 4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def sums(self) -> Tensor:
+        """This process's weighted sums of the last reading, float64, ``(layers, 4)``."""
+        return cast(Tensor, getattr(self, self._state))
 
     def update(self, module: nn.Module) -> None:
         """Read the layers of the module; replaces the last reading."""
@@ -127,18 +144,24 @@ class LayerRotation(Metric):
         counts = [shard_count(weight) for weight in layers.values()]
         sums, _ = geometry.rotation_sums(weights, self._references, [count == 1 for count in counts])
         # A new tensor, not an update in place: a reading under inference mode must leave a usable state behind.
-        self.sums = (sums * share_of_sums(counts, self.process_group)[:, None]).to(self.sums)
+        weighted = sums * share_of_sums(counts, self.process_group)[:, None]
+        setattr(self, self._state, weighted.to(self.sums))
 
     def compute(self) -> dict[str, Tensor]:
         """Cosine distance by layer name, float64 scalars."""
         return dict(zip(self.layer_names, geometry.cosine_distance(self.sums).unbind(), strict=True))
 
+    @torch.jit.unused
     def forward(self, module: nn.Module) -> dict[str, Tensor]:
         """Read the module and return the cosine distance by layer; every process of the group must call it."""
         self.update(module)
         reading = self.compute()
         self._forward_cache = reading  # type: ignore[assignment]  # torchmetrics declares it as None
         return reading
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Matplotlib figure and axes of the last reading, or of ``val``, one reading or a list of them."""
+        return self._plot(val, ax)
 
     def _layers(self) -> dict[str, Tensor]:
         return dict(zip(self.layer_names, self._references, strict=True))
@@ -153,23 +176,30 @@ class LayerRotation(Metric):
         return super()._apply(move, *args, **kwargs)
 
 
-def _by_layer(reference: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a state dict or a mapping from layer names that belong to the layers."""
-    start = {name: reference.get(name, reference.get(f"{name}.weight")) for name in layers}
-    found = {name: weights for name, weights in start.items() if weights is not None}
-    missing = {name: weight for name, weight in layers.items() if name not in found}
+def _by_layer(reference: Mapping[str, Tensor], layers: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The entries of a state dict of the module, or of a mapping from layer names, that belong to the layers."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {
+        layer: next((reference[n] for n in (layer, *names.get(id(weight), ())) if n in reference), None)
+        for layer, weight in layers.items()
+    }
+    missing = {name: layers[name] for name, weights in found.items() if weights is None}
     if missing:
         raise ValueError(
             f"`reference` must hold every measured layer, got none for {_describe(missing)}. "
             "Leave these layers out with `exclude`, or pass the state dict of this module."
         )
-    for name, weights in found.items():
-        if weights.shape != layers[name].shape:
+    start = {name: weights for name, weights in found.items() if weights is not None}
+    for name, weights in start.items():
+        expected, got = (tuple(local_tensor(tensor).shape) for tensor in (layers[name], weights))
+        if got != expected:
             raise ValueError(
-                f"`reference` must have the shape of the layer, {tuple(layers[name].shape)} for {name!r}, got "
-                f"{tuple(weights.shape)}. Pass weights of the same architecture."
+                f"`reference` must have the shape of the layer, {expected} for {name!r}, got {got}. "
+                "Pass weights of the same architecture, sharded as the module is."
             )
-    return found
+    return start
 
 
 def _describe(layers: Mapping[str, Tensor], most: int = 8) -> str:

@@ -60,7 +60,8 @@ class LayerRotationMonitor(CallbackBase):
         log_quantities: what goes to the loggers, of ``"rotation"``, ``"angular_update"``, ``"norm_ratio"``. The
             angular update needs a second copy of the weights for the length of a step that is read.
         save_reference: whether checkpoints carry the weights to measure from (one model's weights in each). Without
-            them a resumed run measures from where it resumes.
+            them a resumed run measures from where it resumes, and says so; so it does for sharded layers, which
+            checkpoints do not carry.
         report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
             logs when training ends, also by an exception.
 
@@ -105,6 +106,7 @@ class LayerRotationMonitor(CallbackBase):
         self._references: dict[str, Tensor] = {}
         self._restored: Mapping[str, Any] | None = None
         self._before: dict[str, Tensor] = {}
+        self._pieces: set[str] = set()  # layers of which this process holds a piece only
         self._training = False
         self._global_step = 0
         self._step = 0
@@ -194,8 +196,9 @@ class LayerRotationMonitor(CallbackBase):
         if self._ends_with_extra_row:
             # It is there because that fit ended; a resumed one has its rows on the cadence.
             history["rows"] = history["rows"][:-1]
-        whole = {name: weight.cpu() for name, weight in self._references.items()} if self.save_reference else {}
-        return {"history": history, "reference": whole}
+        # Lightning stores what the first process returns, and gives it to all: a piece of a layer would be wrong there.
+        whole = {name: weight.cpu() for name, weight in self._references.items() if name not in self._pieces}
+        return {"history": history, "reference": whole if self.save_reference else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: only then is it known where the layers live."""
@@ -217,6 +220,7 @@ class LayerRotationMonitor(CallbackBase):
     def _adopt(self, layers: Mapping[str, Tensor]) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""
         local = {name: local_tensor(weight) for name, weight in layers.items()}
+        self._pieces.update(name for name, weight in layers.items() if shard_count(weight) > 1)
         new = [n for n, w in local.items() if n not in self._references or self._references[n].shape != w.shape]
         for name in new:
             # Outside of inference mode also during validation: the copy must live in later steps.

@@ -55,6 +55,12 @@ def layca_param_groups(
         plain 0.1 [(3,), (3,), (3,), (2,)]
 
     """
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise MisconfigurationException(
+            f"`module` must be initialized before its layers can be told apart, got lazy parameters {lazy[:5]}. "
+            "Run a batch through it first."
+        )
     trainable = {id(p): p for p in module.parameters() if p.requires_grad}
     layers = {name: w for name, w in select_layers(module, include, exclude).items() if id(w) in trainable}
     zeros = [name for name, weight in layers.items() if _is_zero(weight)]
@@ -114,4 +120,4 @@ def _factors(multipliers: float | Mapping[str, float], names: list[str]) -> dict
 
 def _is_zero(weight: Tensor) -> bool:
     # Weights on the meta device have no values yet; Layca looks again at its first step.
-    return not is_lazy(weight) and not weight.is_meta and not torch.any(weight.detach()).item()
+    return not weight.is_meta and not torch.any(weight.detach()).item()
