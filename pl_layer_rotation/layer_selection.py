@@ -134,7 +134,8 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
         own = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
         for own_name, parameter in own.items():
             if own_name not in gains:
-                yield path, owner, renamed.get(own_name, own_name), parameter
+                plain_name: str = renamed.get(own_name, own_name)
+                yield path, owner, plain_name, parameter
 
 
 def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:
