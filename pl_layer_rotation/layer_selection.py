@@ -131,11 +131,10 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
                     yield path[:-1], parents[-2], original, parameter
             continue
         renamed, gains = _originals(owner)
-        own = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+        own: dict[str, Tensor] = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
         for own_name, parameter in own.items():
             if own_name not in gains:
-                plain_name: str = renamed.get(own_name, own_name)
-                yield path, owner, plain_name, parameter
+                yield path, owner, renamed.get(own_name, own_name), parameter
 
 
 def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:
