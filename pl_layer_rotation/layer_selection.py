@@ -131,10 +131,10 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
                     yield path[:-1], parents[-2], original, parameter
             continue
         renamed, gains = _originals(owner)
-        own: dict[str, Tensor] = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
-        for own_name, parameter in own.items():
+        own: dict[str, nn.Parameter] = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+        for own_name, own_parameter in own.items():
             if own_name not in gains:
-                yield path, owner, renamed.get(own_name, own_name), parameter
+                yield path, owner, renamed.get(own_name, own_name), own_parameter
 
 
 def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:
