@@ -144,6 +144,9 @@ class Layca(Optimizer):
                 if "weight_decay" in self.defaults:
                     param_group["weight_decay"] = 0.0
         super().add_param_group(param_group)
+        if any("name" in group for group in self.param_groups[:-1]):
+            # Callbacks that unfreeze layers add groups without a name; loggers tell named ones apart.
+            self.param_groups[-1].setdefault("name", f"group{len(self.param_groups) - 1}")
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
@@ -136,11 +137,12 @@ class LayerRotationMonitor(CallbackBase):
             self._references, self.history = {}, RotationHistory([])
             self._latest, self._ends_with_extra_row = None, False
         self._restored = None
-        if not layers:
+        expected = bool(layers) or any(map(is_lazy, pl_module.parameters()))
+        if not expected:
             self._warn(f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)")
         self._adopt(layers)
         # A barebones trainer logs never: nothing is read either.
-        self._training = bool(layers) and self._cadence(trainer) > 0
+        self._training = expected and self._cadence(trainer) > 0
         self._global_step = trainer.global_step
         self._step = stepped_batches(trainer)
         self.history.facts.update(run_facts(trainer, pl_module))
@@ -150,6 +152,9 @@ class LayerRotationMonitor(CallbackBase):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Copy the weights before a step whose angle will be read."""
+        if self._training and self._step == 0:
+            # Lazy layers have had their first batch by now, and not yet their first step.
+            self._adopt(select_layers(pl_module, self.include, self.exclude))
         if self._training and not self._before and (stepped_batches(trainer) + 1) % self._cadence(trainer) == 0:
             layers = select_layers(pl_module, self.include, self.exclude)
             self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
@@ -203,6 +208,10 @@ class LayerRotationMonitor(CallbackBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: only then is it known where the layers live."""
         self._restored = state_dict or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs the module's methods on callbacks while it trains; with them a copy would hold the module.
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     def _resume(self, state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
         reference: Mapping[str, Tensor] = state["reference"]

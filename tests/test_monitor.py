@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nets import Net, batches, trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
@@ -418,6 +418,52 @@ def test_pickle_and_deepcopy_after_a_training() -> None:
     for twin in (pickle.loads(pickle.dumps(monitor)), copy.deepcopy(monitor)):
         assert twin.state_key == monitor.state_key
         assert twin.history == monitor.history
+
+
+class Copies(pl.Callback):
+    """What a pickled and a deep copy of the monitor know in the middle of a training."""
+
+    def __init__(self, monitor: LayerRotationMonitor) -> None:
+        self.monitor, self.twins = monitor, []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if args[-1] == 4:
+            self.twins = [pickle.loads(pickle.dumps(self.monitor)), copy.deepcopy(self.monitor)]
+
+
+def test_pickle_and_deepcopy_during_a_training_hold_no_module() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    copies = Copies(monitor)
+    fit(monitor, copies)
+    for twin in copies.twins:
+        assert twin.history.steps == [1, 2, 3, 4, 5]
+        assert not any(isinstance(value, nn.Module) for value in vars(twin).values())
+        assert "log" not in vars(twin)
+
+
+def test_lazy_layers_are_measured_from_their_first_weights() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[0], self.head = nn.LazyLinear(6), nn.LazyLinear(3)
+
+    monitor = LayerRotationMonitor(report=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*(uninitialized|Lazy modules)")
+        fit(monitor, module=Lazy())
+    assert monitor.history.layer_names == ["body.0", "head"]
+    assert (monitor.history.values("rotation")[0] > 1e-5).all()
+
+
+def test_weights_that_averaging_puts_in_are_never_measured() -> None:
+    finals = []
+    for callbacks in ([], [EMAWeightAveraging(decay=0.5)]):
+        for order in (1, -1):
+            monitor = LayerRotationMonitor(report=False)
+            run = trainer(*[monitor, *callbacks][::order], max_epochs=2)
+            run.fit(Net(), batches(), batches())
+            finals.append(monitor.history.final())
+    assert all(final == finals[0] for final in finals)
 
 
 def test_monitors_with_other_options_live_side_by_side(tmp_path: Path) -> None:
