@@ -123,6 +123,8 @@ class Layca(Optimizer):
                 group["weight_decay"] = 0.0
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         super().__init__(filled, defaults)
+        # Some bases make their state at construction (Adagrad in older torch).
+        self.state.update(self._base.state)
         self._base.param_groups, self._base.state = [], defaultdict(dict)
 
     @property
