@@ -29,7 +29,7 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
         optimizer = trainer.optimizers[0]
         optimizer = getattr(optimizer, "optimizer", optimizer)
         name = type(optimizer).__name__
-        facts["optimizer"] = f"{name}({optimizer.base_name})" if isinstance(optimizer, Layca) else name
+        facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name
         facts["learning_rate"] = float(optimizer.param_groups[0]["lr"])
     return {
         **facts,

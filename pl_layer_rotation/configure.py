@@ -1,7 +1,5 @@
 """What a LightningModule returns from ``configure_optimizers`` to control layer rotation."""
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -74,24 +72,20 @@ def layca_optimizers(
             f"`schedule` must be 'constant', 'cosine' or a function from an optimizer to a scheduler, got {schedule!r}."
             " Pass for instance `lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, ...)`."
         )
-    if plain_lr is None:
-        plain_lr = _PLAIN_LR_SGD if _is_sgd(base) else _PLAIN_LR_ADAPTIVE
-    elif not 0 <= plain_lr < math.inf:
+    if plain_lr is not None and not 0 <= plain_lr < math.inf:
         raise ValueError(
             f"`plain_lr` must be a finite number of at least 0, got {plain_lr!r}. Leave it out for a default."
         )
     groups = layca_param_groups(module, lr, plain_lr, layer_multipliers, include, exclude)
     optimizer = Layca(groups, lr=lr, base=base, **base_options)
+    if plain_lr is None and not optimizer.param_groups[-1]["rotate"]:
+        # Known only now: the base may be a function, as LightningCLI passes it.
+        is_sgd = issubclass(optimizer.base_class, torch.optim.SGD)
+        optimizer.param_groups[-1]["lr"] = _PLAIN_LR_SGD if is_sgd else _PLAIN_LR_ADAPTIVE
     if schedule in (None, "constant"):
         return {"optimizer": optimizer}
     scheduler = schedule(optimizer) if callable(schedule) else CosineAnnealingLR(optimizer, _trainer_steps(module))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _is_sgd(base: BaseOptimizer) -> bool:
-    if isinstance(base, functools.partial):
-        base = base.func
-    return base == "SGD" or (inspect.isclass(base) and issubclass(base, torch.optim.SGD))
 
 
 def _trainer_steps(module: nn.Module) -> int:

@@ -12,15 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._base_optimizer import BaseOptimizer, resolve_base
+from pl_layer_rotation._base_optimizer import BaseOptimizer, check_direction, resolve_base, run_step
+from pl_layer_rotation._scratch import Buffers, Item, chunks, combine, stand_ins
 from pl_layer_rotation._sharding import local_tensor, shard_count, sum_over_processes
 
 _ParamGroup = dict[str, Any]
-_Item = tuple[int, Tensor]  # index of the group, parameter
 
-# Elements of the scratch that the base steps instead of the weights: it stays in cache, which was faster than a
-# buffer for every layer. A layer that is larger gets a scratch of its own size.
-_SCRATCH_ELEMENTS = 1 << 22
 _OWN_OPTIONS = ("rotate", "tangential")
 _NORM = "initial_norm"
 # Bases whose fused kernel takes CPU and CUDA tensors.
@@ -53,6 +50,20 @@ class Layca(Optimizer):
     - lr and all options live in ``param_groups``, the base's state and ``initial_norm`` in ``state``, keyed by the real
       parameters: schedulers, ``state_dict`` and gradient scalers see an ordinary optimizer.
 
+    In LightningCLI the class is an optimizer like torch's. Options of the base go to the base, as ``init_args`` of its
+    class path (Lightning drops ``dict_kwargs`` of an optimizer without a word)::
+
+        optimizer:
+          class_path: pl_layer_rotation.Layca
+          init_args:
+            lr: 0.037
+            base:
+              class_path: torch.optim.SGD
+              init_args: {momentum: 0.9}
+
+    The CLI passes all parameters of the module, two-dimensional embeddings among them, which then rotate. To keep them
+    plain, return :func:`~pl_layer_rotation.layca_optimizers` from the module and make its rate a hyperparameter.
+
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer. Group options: those of the base,
             ``lr``, ``rotate`` and ``tangential``.
@@ -65,7 +76,8 @@ class Layca(Optimizer):
         **base_options: options of the base, such as ``momentum=0.9``.
 
     Raises:
-        ValueError: If lr is negative, NaN or infinite, the base is unknown, or a rotating group asks for weight decay.
+        ValueError: If lr is negative, NaN or infinite, a rotating group asks for weight decay, or the base is unknown
+            or does not take its direction from gradients alone (schedule-free methods, Prodigy, LBFGS, …).
         TypeError: If the base does not know an option, or is none.
         RuntimeError: At a step, if a rotating tensor is all zeros (it has no direction), or was flattened by FSDP1.
 
@@ -104,9 +116,12 @@ class Layca(Optimizer):
             group["params"] = members if isinstance(members, (Tensor, set)) else list(members)
             if group.get("rotate", rotate):
                 _check_weight_decay({**base_options, **group})
+        rotating = next((group for group in groups if group.get("rotate", rotate)), None)
+        if rotating is not None:
+            check_direction(make_base, _options_of_base(rotating))
         # The base checks its own options and supplies their defaults; then it is emptied and borrows groups and state
         # for the length of each step.
-        self._base = make_base([{k: v for k, v in g.items() if k != "lr" and k not in _OWN_OPTIONS} for g in groups])
+        self._base = make_base([{**_options_of_base(group), "params": group["params"]} for group in groups])
         defaults = {**self._base.defaults, "lr": lr, "rotate": rotate, "tangential": tangential}
         filled = [
             {
@@ -121,16 +136,16 @@ class Layca(Optimizer):
         for group in filled:
             if group["rotate"] and "weight_decay" in group:
                 group["weight_decay"] = 0.0
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._scratch: Buffers = {}
         super().__init__(filled, defaults)
         # Some bases make their state at construction (Adagrad in older torch).
         self.state.update(self._base.state)
         self._base.param_groups, self._base.state = [], defaultdict(dict)
 
     @property
-    def base_name(self) -> str:
-        """Class name of the base optimizer."""
-        return type(self._base).__name__
+    def base_class(self) -> type[Optimizer]:
+        """Class of the base optimizer."""
+        return type(self._base)
 
     def add_param_group(self, param_group: _ParamGroup) -> None:
         """Add a group; options that it lacks take the defaults given at construction.
@@ -173,8 +188,8 @@ class Layca(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rotating: list[_Item] = []
-        plain: list[_Item] = []
+        rotating: list[Item] = []
+        plain: list[Item] = []
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -185,10 +200,10 @@ class Layca(Optimizer):
         if plain:
             changed.update(self._step_base(plain, [parameter for _, parameter in plain], options, new_norms))
         options = [{**group, "lr": 1.0} for group in options]
-        for chunk in self._chunks(rotating):
-            stand_ins = self._stand_ins([parameter for _, parameter in chunk])
-            changed.update(self._step_base(chunk, stand_ins, options, new_norms))
-            self._turn(chunk, stand_ins)
+        for chunk in chunks(rotating):
+            views = stand_ins([parameter for _, parameter in chunk], self._scratch)
+            changed.update(self._step_base(chunk, views, options, new_norms))
+            self._turn(chunk, views)
         for index, group in changed.items():
             self.param_groups[index].update(group)
         return loss
@@ -218,7 +233,7 @@ class Layca(Optimizer):
             for option in _OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
 
-    def _new_norms(self, rotating: list[_Item], plain: list[_Item]) -> dict[Tensor, Tensor]:
+    def _new_norms(self, rotating: list[Item], plain: list[Item]) -> dict[Tensor, Tensor]:
         """Norms of the tensors that step for the first time.
 
         Plain tensors get one too: checkpoints of sharded models need an entry for every stepped parameter.
@@ -257,50 +272,14 @@ class Layca(Optimizer):
                     return f"parameter {position} of group {group.get('name', index)!r} {tuple(parameter.shape)}"
         raise AssertionError("a stepped parameter stands in a group")
 
-    def _chunks(self, rotating: list[_Item]) -> Iterable[list[_Item]]:
-        """The rotating tensors in runs that fit the scratch, by device and dtype."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[_Item]] = {}
-        for item in rotating:
-            kinds.setdefault((item[1].device, item[1].dtype), []).append(item)
-        for items in kinds.values():
-            chunk: list[_Item] = []
-            size = 0
-            for item in items:
-                elements = local_tensor(item[1]).numel()
-                if chunk and size + elements > _SCRATCH_ELEMENTS:
-                    yield chunk
-                    chunk, size = [], 0
-                chunk.append(item)
-                size += elements
-            yield chunk
-
-    def _stand_ins(self, parameters: list[Tensor]) -> list[Tensor]:
-        """A zeroed tensor in the shape and layout of each parameter, all in one buffer."""
-        pieces = [local_tensor(parameter) for parameter in parameters]
-        needed = sum(piece.numel() for piece in pieces)
-        kind = (pieces[0].device, pieces[0].dtype)
-        buffer = self._scratch.get(kind)
-        if buffer is None or buffer.numel() < needed:
-            buffer = self._scratch[kind] = torch.empty(needed, dtype=kind[1], device=kind[0])
-        buffer[:needed].zero_()
-        stand_ins, start = [], 0
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            part = buffer[start : start + piece.numel()]
-            start += piece.numel()
-            dense = geometry.flat_view(piece) is not None
-            # Same layout as the weights where that has no gaps, so that elements pair up in memory.
-            view = part.as_strided(piece.size(), piece.stride()) if dense else part.view(piece.size())
-            stand_ins.append(_like(parameter, view))
-        return stand_ins
-
     def _step_base(
         self,
-        items: list[_Item],
-        stand_ins: list[Tensor],
+        items: list[Item],
+        lent: list[Tensor],
         options: list[_ParamGroup],
         new_norms: Mapping[Tensor, Tensor],
     ) -> dict[int, _ParamGroup]:
-        """Let the base step the stand-ins with the gradients and the state of the real parameters.
+        """Let the base step the lent tensors with the gradients and the state of the real parameters.
 
         The base never sees ``initial_norm``: an entry in a tensor's state tells a base that its own are there.
 
@@ -311,7 +290,7 @@ class Layca(Optimizer):
         base = self._base
         groups: dict[int, _ParamGroup] = {}
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        for (index, parameter), stand_in in zip(items, stand_ins, strict=True):
+        for (index, parameter), stand_in in zip(items, lent, strict=True):
             groups.setdefault(index, {**options[index], "params": []})["params"].append(stand_in)
             stand_in.grad = parameter.grad
             known = {key: value for key, value in self.state.get(parameter, {}).items() if key != _NORM}
@@ -321,18 +300,14 @@ class Layca(Optimizer):
             if self._can_fuse(group, state):
                 group["fused"] = True
         base.param_groups, base.state = list(groups.values()), state
-        step = type(base).step
-        if getattr(step, "hooked", False):
-            # Global step hooks and the profiler see this step as ours, not once more as the base's.
-            step = step.__wrapped__  # type: ignore[attr-defined]
         try:
-            step(base)
+            run_step(base)
         finally:
             base.param_groups, base.state = [], defaultdict(dict)
-            for (_, parameter), stand_in in zip(items, stand_ins, strict=True):
+            for (_, parameter), stand_in in zip(items, lent, strict=True):
                 if stand_in is not parameter:
                     stand_in.grad = None
-        for (_, parameter), stand_in in zip(items, stand_ins, strict=True):
+        for (_, parameter), stand_in in zip(items, lent, strict=True):
             norm = new_norms[parameter] if parameter in new_norms else self.state[parameter][_NORM]
             self.state[parameter] = {**state.get(stand_in, {}), _NORM: norm}
         kept = {"params", "lr", "fused"}
@@ -346,7 +321,9 @@ class Layca(Optimizer):
             and group.get("foreach") is None
             and not group.get("capturable", False)
             and all(
-                p.is_floating_point()
+                # Fused SGD knows no sharding strategy.
+                not isinstance(p, DTensor)
+                and p.is_floating_point()
                 and p.device.type in _FUSED_DEVICES
                 and p.grad.layout == torch.strided
                 # Fused kernels on the CPU pair elements by their place in memory.
@@ -357,10 +334,10 @@ class Layca(Optimizer):
             and len({p in state for p in members}) == 1
         )
 
-    def _turn(self, chunk: list[_Item], stand_ins: list[Tensor]) -> None:
-        """``w ← a·w - b·s`` for each layer; the stand-ins hold ``-s``."""
+    def _turn(self, chunk: list[Item], lent: list[Tensor]) -> None:
+        """``w ← a·w - b·s`` for each layer; the lent tensors hold ``-s``."""
         weights = [local_tensor(parameter) for _, parameter in chunk]
-        ascents = [local_tensor(stand_in) for stand_in in stand_ins]
+        ascents = [local_tensor(stand_in) for stand_in in lent]
         counts = [shard_count(parameter) for _, parameter in chunk]
         whole = torch.tensor([count == 1 for count in counts])
         device = weights[0].device
@@ -383,40 +360,16 @@ class Layca(Optimizer):
         )
         for w, u, scale, factor in zip(weights, ascents, a.tolist(), b.tolist(), strict=True):
             if (scale, factor) != (1.0, 0.0):
-                _combine(w, u, scale, factor)
+                combine(w, u, scale, factor)
 
 
-def _combine(weights: Tensor, ascent: Tensor, scale: float, factor: float) -> None:
-    """``w ← scale·w + factor·u`` in place, rounded once."""
-    w, u = geometry.flat_view(weights), geometry.flat_view(ascent)
-    if w is None or u is None or weights.stride() != ascent.stride():
-        w, u = weights, ascent
-    if w.dtype in (torch.bfloat16, torch.float16):
-        w.copy_(w.float().mul_(scale).add_(u.float(), alpha=factor))
-    elif w.dim() == 1 and w.device.type == "cpu":
-        # An outer product with a vector of one element: the only in-place kernel that does both in one pass.
-        w.view(1, -1).addr_(torch.ones(1, dtype=w.dtype), u, beta=scale, alpha=factor)
-    else:
-        w.mul_(scale).add_(u, alpha=factor)
+def _options_of_base(group: _ParamGroup) -> _ParamGroup:
+    return {key: value for key, value in group.items() if key not in ("params", "lr", *_OWN_OPTIONS)}
 
 
 def _rotates(parameter: Tensor, group: _ParamGroup) -> bool:
     # A single number has no direction: it takes the plain step.
     return bool(group["rotate"]) and parameter.dim() >= 2 and parameter.numel() > 1
-
-
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """The local tensor in the distributed form of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.size(),
-        stride=parameter.stride(),
-    )
 
 
 def _check_lr(lr: float | Tensor) -> None:

@@ -1,6 +1,8 @@
 """layca_optimizers in real trainings: groups, schedules, what Lightning's own callbacks and CLI make of it."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nets import Net, batches, trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.cli import LightningCLI, OptimizerCallable
 from pytorch_lightning.loggers import CSVLogger
 
 from pl_layer_rotation import Layca, LayerRotationMonitor, layca_optimizers
@@ -154,7 +156,7 @@ def test_the_cosine_schedule_refuses_a_training_without_end() -> None:
 class WithHyperparameters(Net):
     """What the documentation recommends for LightningCLI: the base as a callable, everything else as numbers."""
 
-    def __init__(self, rate: float = 0.1, base: Any = torch.optim.SGD) -> None:
+    def __init__(self, rate: float = 0.1, base: OptimizerCallable = torch.optim.SGD) -> None:
         super().__init__()
         self.rate, self.base = rate, base
 
@@ -206,18 +208,85 @@ class WithoutOptimizer(Net):
         return batches()
 
 
+OPTIMIZER_YAML = """\
+optimizer:
+  class_path: pl_layer_rotation.Layca
+  init_args:
+    lr: 0.05
+    base:
+      class_path: torch.optim.SGD
+      init_args: {momentum: 0.7}
+"""
+
+
 def test_cli_takes_the_optimizer_by_class_path_and_the_momentum_of_its_base_arrives(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(
-        "optimizer:\n"
-        "  class_path: pl_layer_rotation.Layca\n"
-        "  init_args:\n"
-        "    lr: 0.05\n"
-        "    base:\n"
-        "      class_path: torch.optim.SGD\n"
-        "      init_args: {momentum: 0.7}\n",
-        encoding="utf-8",
-    )
+    config.write_text(OPTIMIZER_YAML, encoding="utf-8")
     run = run_cli(WithoutOptimizer, [f"--config={config}"])
     (group,) = run.optimizers[0].param_groups
     assert (group["lr"], group["momentum"], group["rotate"]) == (0.05, 0.7, True)
+
+
+def test_cli_takes_optimizer_and_scheduler_on_the_command_line() -> None:
+    scheduler = [
+        "--lr_scheduler=torch.optim.lr_scheduler.StepLR",
+        "--lr_scheduler.step_size=1",
+        "--lr_scheduler.gamma=0.5",
+    ]
+    run = run_cli(
+        WithoutOptimizer,
+        ["--optimizer=pl_layer_rotation.Layca", "--optimizer.lr=0.1", "--optimizer.base=AdamW", *scheduler],
+    )
+    assert run.optimizers[0].base_class is torch.optim.AdamW
+    assert rate_of(run) == pytest.approx(0.05)
+
+
+def rate_of(run: pl.Trainer) -> float:
+    return float(run.optimizers[0].param_groups[0]["lr"])
+
+
+def test_cli_prints_a_config_that_it_reads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--optimizer=pl_layer_rotation.Layca",
+        "--optimizer.lr=0.02",
+        "--trainer.callbacks+=pl_layer_rotation.LayerRotationMonitor",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        run_cli(WithoutOptimizer, [*arguments, "--print_config"])
+    config = tmp_path / "config.yaml"
+    config.write_text(capsys.readouterr().out, encoding="utf-8")
+    run = run_cli(WithoutOptimizer, [f"--config={config}", "--trainer.callbacks.report=false"])
+    assert rate_of(run) == 0.02
+    assert any(isinstance(callback, LayerRotationMonitor) for callback in run.callbacks)
+
+
+OTHER_NAMESPACE = """
+import sys
+import torch, lightning.pytorch as L
+from lightning.pytorch.cli import LightningCLI
+from pl_layer_rotation import LayerRotationMonitor, layca_optimizers
+class Net(L.LightningModule):
+    def __init__(self, rate: float = 0.1):
+        super().__init__()
+        self.rate, self.layer = rate, torch.nn.Linear(4, 3)
+    def training_step(self, batch, index): return self.layer(batch).square().mean()
+    def configure_optimizers(self): return layca_optimizers(self, lr=self.rate)
+    def train_dataloader(self): return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2)
+sys.argv = ["train.py"]
+quiet = ["logger=false", "enable_checkpointing=false", "enable_progress_bar=false", "enable_model_summary=false"]
+cli = LightningCLI(Net, save_config_callback=None, args=[
+    "fit", "--seed_everything=0", "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--model.rate=0.05",
+    *(f"--trainer.{option}" for option in quiet),
+    "--trainer.callbacks+=pl_layer_rotation.LayerRotationMonitor", "--trainer.callbacks.every_n_steps=1",
+    "--trainer.callbacks.report=false",
+])
+(monitor,) = [c for c in cli.trainer.callbacks if isinstance(c, LayerRotationMonitor)]
+print("steps", monitor.history.steps, round(float(monitor.history.values("angular_update")[0, 0]), 5))
+"""
+
+
+def test_the_cli_of_the_other_namespace_takes_the_monitor_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_NAMESPACE], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "steps [1, 2, 3, 4] 0.04996" in done.stdout, done.stderr
