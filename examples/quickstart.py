@@ -122,8 +122,8 @@ def main() -> None:
     print(f"\nThe page, to open in any browser: {page.resolve()}")
     if not arguments.online:
         print(f"The W&B runs: {arguments.output.resolve() / 'wandb'}")
-        print(f"  upload them with `wandb sync {arguments.output}/wandb/offline-run-*`")
-        print(f"  or look at one without an account: `wandb leet {arguments.output}/wandb/latest-run`")
+        print(f"  upload them with `uv run wandb sync {arguments.output}/wandb/offline-run-*`")
+        print(f"  or look at one without an account: `uv run wandb leet {arguments.output}/wandb/latest-run`")
 
 
 if __name__ == "__main__":
