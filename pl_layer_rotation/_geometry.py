@@ -190,6 +190,10 @@ def _sums(weight: Tensor, reference: Tensor, scale: float, *, exact: bool) -> Te
 
 def _chunks(first: Tensor, second: Tensor, *, exact: bool) -> list[tuple[Tensor, Tensor]]:
     """Matching flat pieces of two tensors in the dtype that products are taken in."""
+    small = first.dtype == second.dtype == torch.float32 and first.numel() <= _CPU_CHUNK and not exact
+    if small and first.is_contiguous() and second.is_contiguous() and first.device == second.device:
+        # The common case, without the dozen of calls that the others need: networks have hundreds of small layers.
+        return [(first.detach().view(-1), second.detach().view(-1))]
     first, second = first.detach(), second.detach()
     if first.is_complex():
         first, second = torch.view_as_real(first.resolve_conj()), torch.view_as_real(second.resolve_conj())
@@ -209,6 +213,11 @@ def _accumulate(rows: Sequence[tuple[Tensor, ...]], width: int, like: Tensor) ->
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     if not rows:
         return torch.zeros(width, dtype=wide, device=like.device)
+    if like.device.type == "cpu":
+        # Python's floats are float64, and cheaper than stacking scalars.
+        return torch.tensor(
+            [math.fsum(value.item() for value in column) for column in zip(*rows, strict=True)], dtype=wide
+        )
     return torch.stack([torch.stack(row) for row in rows]).sum(0, dtype=wide)
 
 

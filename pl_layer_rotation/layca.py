@@ -291,7 +291,9 @@ class Layca(Optimizer):
         groups: dict[int, _ParamGroup] = {}
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for (index, parameter), stand_in in zip(items, lent, strict=True):
-            groups.setdefault(index, {**options[index], "params": []})["params"].append(stand_in)
+            if index not in groups:
+                groups[index] = {**options[index], "params": []}
+            groups[index]["params"].append(stand_in)
             stand_in.grad = parameter.grad
             known = {key: value for key, value in self.state.get(parameter, {}).items() if key != _NORM}
             if known:
@@ -354,7 +356,7 @@ class Layca(Optimizer):
         a, b = geometry.layca_coefficients(
             sums,
             torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64),
-            torch.stack([self.state[parameter][_NORM].cpu().double() for _, parameter in chunk]),
+            torch.stack([self.state[parameter][_NORM] for _, parameter in chunk]).cpu().double(),
             torch.tensor([bool(group["tangential"]) for group in groups]),
             tangent,
         )
