@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -25,6 +25,26 @@ def shard_count(tensor: Tensor) -> int:
         if not isinstance(placement, Replicate):
             count *= tensor.device_mesh.size(dim)
     return count
+
+
+def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which every process of the mesh holds a piece, on the CPU. All of them must call it.
+
+    The inverse of :func:`local_piece`; a copy of the piece where ``like`` is not cut.
+    """
+    if not isinstance(like, DTensor):
+        return piece.cpu().clone()
+    whole = DTensor.from_local(
+        piece, like.device_mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
+    )
+    return whole.full_tensor().cpu()
+
+
+def local_piece(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's piece of a whole tensor, cut as ``like`` is. All processes of its mesh must call it."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device, copy=True)
+    return local_tensor(distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)).clone()
 
 
 def world_size(group: object = None) -> int:

@@ -22,7 +22,7 @@ from pl_layer_rotation._lightning import (
     stepped_batches,
     wandb_loggers,
 )
-from pl_layer_rotation._sharding import local_tensor, shard_count, sum_over_processes
+from pl_layer_rotation._sharding import local_piece, local_tensor, shard_count, sum_over_processes, whole_tensor
 from pl_layer_rotation.history import RotationHistory, log_keys
 from pl_layer_rotation.layer_selection import select_layers
 
@@ -60,9 +60,9 @@ class LayerRotationMonitor(CallbackBase):
         every_n_steps: optimizer steps between readings; None takes the trainer's ``log_every_n_steps``.
         log_quantities: what goes to the loggers, of ``"rotation"``, ``"angular_update"``, ``"norm_ratio"``. The
             angular update needs a second copy of the weights for the length of a step that is read.
-        save_reference: whether checkpoints carry the weights to measure from (one model's weights in each). Without
-            them a resumed run measures from where it resumes, and says so; so it does for sharded layers, which
-            checkpoints do not carry.
+        save_reference: whether checkpoints carry the weights to measure from (one model's weights in each, which every
+            process keeps in host memory where layers are sharded). Without them a resumed run measures from where it
+            resumes, and says so.
         report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
             logs when training ends, also by an exception.
 
@@ -107,7 +107,7 @@ class LayerRotationMonitor(CallbackBase):
         self._references: dict[str, Tensor] = {}
         self._restored: Mapping[str, Any] | None = None
         self._before: dict[str, Tensor] = {}
-        self._pieces: set[str] = set()  # layers of which this process holds a piece only
+        self._whole: dict[str, Tensor] = {}  # references of cut layers as checkpoints carry them
         self._training = False
         self._global_step = 0
         self._step = 0
@@ -134,7 +134,7 @@ class LayerRotationMonitor(CallbackBase):
         elif not goes_on:
             if trainer.global_step > 0:
                 self._warn("the checkpoint holds no layer rotation: curves start where training resumes")
-            self._references, self.history = {}, RotationHistory([])
+            self._references, self._whole, self.history = {}, {}, RotationHistory([])
             self._latest, self._ends_with_extra_row = None, False
         self._restored = None
         expected = bool(layers) or any(map(is_lazy, pl_module.parameters()))
@@ -201,8 +201,8 @@ class LayerRotationMonitor(CallbackBase):
         if self._ends_with_extra_row:
             # It is there because that fit ended; a resumed one has its rows on the cadence.
             history["rows"] = history["rows"][:-1]
-        # Lightning stores what the first process returns, and gives it to all: a piece of a layer would be wrong there.
-        whole = {name: weight.cpu() for name, weight in self._references.items() if name not in self._pieces}
+        # Lightning stores what the first process returns, and gives it to all: never a piece of a layer.
+        whole = {name: self._whole.get(name, weight).cpu() for name, weight in self._references.items()}
         return {"history": history, "reference": whole if self.save_reference else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,11 +217,9 @@ class LayerRotationMonitor(CallbackBase):
         reference: Mapping[str, Tensor] = state["reference"]
         self.history = RotationHistory.from_state_dict(state["history"])
         self._latest, self._ends_with_extra_row = None, False
-        self._references = {
-            name: reference[name].to(local_tensor(weight).device, copy=True)
-            for name, weight in layers.items()
-            if name in reference and reference[name].shape == local_tensor(weight).shape
-        }
+        held = {n: w for n, w in layers.items() if n in reference and reference[n].shape == w.shape}
+        self._references = {name: local_piece(reference[name], weight) for name, weight in held.items()}
+        self._whole = {name: reference[name] for name, weight in held.items() if shard_count(weight) > 1}
         lost = [name for name in layers if name not in self._references]
         if lost:
             self._warn(f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on")
@@ -229,12 +227,9 @@ class LayerRotationMonitor(CallbackBase):
     def _adopt(self, layers: Mapping[str, Tensor]) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""
         local = {name: local_tensor(weight) for name, weight in layers.items()}
-        self._pieces.update(name for name, weight in layers.items() if shard_count(weight) > 1)
         new = [n for n, w in local.items() if n not in self._references or self._references[n].shape != w.shape]
         for name in new:
-            # Outside of inference mode also during validation: the copy must live in later steps.
-            with torch.inference_mode(False):
-                self._references[name] = local[name].clone()
+            self._take_reference(name, layers[name])
         shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
         known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
         gone = {name: shape for name, shape in known.items() if name not in shapes}
@@ -243,9 +238,18 @@ class LayerRotationMonitor(CallbackBase):
             self.history = self.history.reindex(list(everything), list(everything.values()))
         if new and self._step:
             self.history.facts.setdefault("reference_steps", {}).update(dict.fromkeys(new, self._step))
-        zeros = [name for name in new if not torch.any(self._references[name]).item()]
+        whole = [name for name in new if shard_count(layers[name]) == 1]
+        zeros = [name for name in whole if not torch.any(self._references[name]).item()]
         if zeros:
             self._warn(f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights")
+
+    def _take_reference(self, name: str, weight: Tensor) -> None:
+        # Outside of inference mode also during validation: the copy must live in later steps.
+        with torch.inference_mode(False), torch.no_grad():
+            self._references[name] = local_tensor(weight).clone()
+            if self.save_reference and shard_count(weight) > 1:
+                # Here, where all processes are: a checkpoint may be written by one that failed alone.
+                self._whole[name] = whole_tensor(self._references[name], weight)
 
     def _cadence(self, trainer: "pl.Trainer") -> int:
         return int(self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -283,7 +287,7 @@ class LayerRotationMonitor(CallbackBase):
             known = torch.zeros(len(names), dtype=torch.bool)
             known[stepped] = True
             reading["angular_update"] = self._filled(names, turned.where(known, torch.nan))
-        self._start_zero_layers(names, weights, packed, reading)
+        self._start_zero_layers(layers, packed, reading)
         self._latest = (self._step, reading)
 
     def _filled(self, names: Sequence[str], values: Tensor) -> list[float]:
@@ -293,13 +297,11 @@ class LayerRotationMonitor(CallbackBase):
             value if math.isfinite(value := measured.get(n, math.nan)) else math.nan for n in self.history.layer_names
         ]
 
-    def _start_zero_layers(
-        self, names: Sequence[str], weights: Sequence[Tensor], sums: Tensor, reading: _Reading
-    ) -> None:
+    def _start_zero_layers(self, layers: Mapping[str, Tensor], sums: Tensor, reading: _Reading) -> None:
         """A layer that started at zero and moved takes its first non-zero weights for its reference."""
+        names = list(layers)
         for i in ((sums[:, 3] == 0) & (sums[:, 2] > 0)).nonzero().flatten().tolist():
-            with torch.inference_mode(False):
-                self._references[names[i]] = weights[i].clone()
+            self._take_reference(names[i], layers[names[i]])
             column = self.history.layer_names.index(names[i])
             reading["rotation"][column], reading["norm_ratio"][column] = 0.0, 1.0
             if "angular_update" in reading:
