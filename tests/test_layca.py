@@ -191,6 +191,14 @@ def test_a_layer_of_zeros_is_refused_by_name() -> None:
         optimizer.step()
 
 
+def test_tensors_that_fsdp1_flattened_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(12))
+    weight._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 marks them
+    weight.grad = torch.ones(12)
+    with pytest.raises(RuntimeError, match=r"`params` must keep their shape, got parameter 0 .*, flattened by FSDP1"):
+        Layca([weight]).step()
+
+
 @every_base
 def test_plain_tensors_take_the_steps_of_the_base(base: Any, options: dict[str, Any], twin: Any) -> None:
     tensors = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.tensor([[2.0]]))]

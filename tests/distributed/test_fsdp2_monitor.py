@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 
 from pl_layer_rotation import LayerRotationMonitor, layca_optimizers
 
-
 OPTIMIZERS = {
     "layca": lambda module: layca_optimizers(module, lr=0.05, momentum=0.9),
     "sgd": lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9),
