@@ -145,7 +145,7 @@ class LayerRotationMonitor(CallbackBase):
         self._training = expected and self._cadence(trainer) > 0
         self._global_step = trainer.global_step
         self._step = stepped_batches(trainer)
-        self.history.facts.update(run_facts(trainer, pl_module))
+        self._attempt("noting the facts", lambda: self.history.facts.update(run_facts(trainer, pl_module)))
         self._attempt("the preparation of W&B", self._prepare_wandb, trainer)
 
     def on_before_optimizer_step(
@@ -343,7 +343,7 @@ class LayerRotationMonitor(CallbackBase):
         self._before = {}
         if not training or not len(self.history) or not trainer.is_global_zero:
             return
-        self.history.facts.update(final_facts(trainer))
+        self._attempt("noting the final metrics", lambda: self.history.facts.update(final_facts(trainer)))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             return
         if self.report:

@@ -326,6 +326,23 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert len([w for w in seen if "LayerRotationMonitor" in str(w.message)]) == 2
 
 
+class WithoutRate(torch.optim.SGD):
+    """An optimizer whose groups hold no learning rate."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        del self.param_groups[0]["lr"]
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
+def test_an_optimizer_without_a_learning_rate_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="noting the facts failed and is left out: KeyError: 'lr'"):
+        run = fit(LayerRotationMonitor(report=False), module=Net(lambda m: WithoutRate(m.parameters())))
+    assert run.state.finished
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("boom")], ids=["Ctrl-C", "exception"])
 def test_an_interrupted_training_still_reports(tmp_path: Path, error: Any) -> None:
     class Interrupts(pl.Callback):
