@@ -22,6 +22,13 @@ def stepped_batches(trainer: "pl.Trainer") -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def averages_are_in(trainer: "pl.Trainer") -> bool:
+    """Whether Lightning's SWA has put averaged weights in, for its last epoch that only updates BatchNorm."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    averaging = [c for c in callbacks if any(k.__name__ == "StochasticWeightAveraging" for k in type(c).__mro__)]
+    return any(trainer.current_epoch > callback.swa_end for callback in averaging)
+
+
 def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, Any]:
     """What a reader of the curves wants to know of the run."""
     facts: dict[str, Any] = {"module": type(pl_module).__name__}

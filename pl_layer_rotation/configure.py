@@ -35,7 +35,8 @@ def layca_optimizers(
 
     Return it from ``configure_optimizers``. The optimizer has two named groups, ``rotating`` and ``plain`` (see
     :func:`~pl_layer_rotation.layca_param_groups`), so that ``LearningRateMonitor`` logs ``lr-Layca/rotating`` and
-    ``lr-Layca/plain``.
+    ``lr-Layca/plain``. Every trainable parameter is in one of them, also what ``include`` does not match: for several
+    optimizers (a GAN) pass their submodules, ``layca_optimizers(self.generator)``.
 
     Args:
         module: the LightningModule (or any module, without a schedule that needs the trainer).
@@ -44,7 +45,8 @@ def layca_optimizers(
         plain_lr: learning rate of everything that does not rotate; None is 0.1 over SGD and 0.01 over all other bases,
             the values that did best on the tasks that they were tried on.
         schedule: ``"cosine"`` falls to 0 over the trainer's steps, a function makes any scheduler of torch from the
-            optimizer; both step once an optimizer step and act on both groups. ``"constant"`` or None: no scheduler.
+            optimizer (for ``ReduceLROnPlateau`` add a ``"monitor"`` to the result); both step once an optimizer step
+            and act on both groups. ``"constant"`` or None: no scheduler.
         layer_multipliers: the paper's alpha, or a factor by layer.
         include: patterns of layers that rotate.
         exclude: patterns of layers that take plain steps. Leaving the output layer out lets the logits grow: better by

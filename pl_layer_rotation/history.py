@@ -1,5 +1,6 @@
 """The recorded curves of one run: plain data, and the file that holds them."""
 
+import copy
 import json
 import math
 import operator
@@ -120,6 +121,11 @@ class RotationHistory:
         self.steps.append(step)
         self._rows.append(row)
 
+    def drop_from(self, step: int) -> None:
+        """Forget the readings at this step and later ones: training has gone back there."""
+        keep = sum(known < step for known in self.steps)
+        del self.steps[keep:], self._rows[keep:]
+
     def values(self, quantity: str) -> Tensor:
         """All readings of one quantity.
 
@@ -163,7 +169,7 @@ class RotationHistory:
         """The history as lists, strings and numbers, safe for ``torch.load(..., weights_only=True)``."""
         return {
             "layers": [{"name": n, "shape": list(s)} for n, s in zip(self.layer_names, self.layer_shapes, strict=True)],
-            "facts": dict(self.facts),
+            "facts": copy.deepcopy(self.facts),
             "rows": [{"step": step, **row} for step, row in zip(self.steps, self._rows, strict=True)],
         }
 

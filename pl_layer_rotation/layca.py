@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -46,7 +47,7 @@ class Layca(Optimizer):
     - The norm is that at the layer's first step and is kept in the state. Weights that you change by hand later return
       to that norm at the next step.
     - Weight decay has no place in a rotating group: the norm is fixed. An explicit value there is an error; a base's
-      default (AdamW's 0.01) is 0 there.
+      default (AdamW's 0.01, or what a function sets) is 0 there.
     - lr and all options live in ``param_groups``, the base's state and ``initial_norm`` in ``state``, keyed by the real
       parameters: schedulers, ``state_dict`` and gradient scalers see an ordinary optimizer.
 
@@ -138,8 +139,9 @@ class Layca(Optimizer):
                 group["weight_decay"] = 0.0
         self._scratch: Buffers = {}
         super().__init__(filled, defaults)
-        # Some bases make their state at construction (Adagrad in older torch).
-        self.state.update(self._base.state)
+        # Some bases make their state at construction (Adagrad). A tensor gets it at its first step: earlier, its entry
+        # would tell torch's distributed checkpoints that ours is there too.
+        self._early_state: dict[Tensor, dict[str, Any]] = dict(self._base.state)
         self._base.param_groups, self._base.state = [], defaultdict(dict)
 
     @property
@@ -209,8 +211,36 @@ class Layca(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the initial norms keep their precision, which torch casts to that of the weights."""
+        """Load a state; the initial norms keep their precision, which torch casts to that of the weights.
+
+        The state of a plain optimizer of the base's class is taken for the base: our options and rates stay as they
+        are, norms are those of the present weights, and a warning says so.
+
+        Raises:
+            ValueError: As torch's optimizers, and if the state comes from another base.
+
+        """
+        wanted = [k for k, v in self._base.defaults.items() if v is not None and not isinstance(v, bool)]
+        for saved in state_dict["param_groups"]:
+            missing = [key for key in wanted if key not in saved]
+            if missing:
+                raise ValueError(
+                    f"`state_dict` must come from Layca over {self.base_class.__name__}, got groups without "
+                    f"{', '.join(missing)}. Make the optimizer with the base that was saved."
+                )
+        ours = [{key: g[key] for key in ("name", "lr", *_OWN_OPTIONS) if key in g} for g in self.param_groups]
+        plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
+        for group, own, is_plain in zip(self.param_groups, ours, plain, strict=True):
+            if is_plain:
+                group.update(own)
+                if group["rotate"] and "weight_decay" in group:
+                    group["weight_decay"] = 0.0
+        if any(plain):
+            warnings.warn(
+                "Layca loaded the state of a plain optimizer: it keeps its own rates and options, and today's norms.",
+                stacklevel=2,
+            )
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for i, parameter in zip(ids, parameters, strict=True):
@@ -220,7 +250,11 @@ class Layca(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three fields only; a copy without its base could not step.
-        return {**super().__getstate__(), "_base": (type(self._base), vars(self._base))}
+        return {
+            **super().__getstate__(),
+            "_base": (type(self._base), vars(self._base)),
+            "_early_state": self._early_state,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_base" in state:
@@ -295,7 +329,8 @@ class Layca(Optimizer):
                 groups[index] = {**options[index], "params": []}
             groups[index]["params"].append(stand_in)
             stand_in.grad = parameter.grad
-            known = {key: value for key, value in self.state.get(parameter, {}).items() if key != _NORM}
+            entry = self.state[parameter] if parameter in self.state else self._early_state.pop(parameter, {})
+            known = {key: value for key, value in entry.items() if key != _NORM}
             if known:
                 state[stand_in] = known
         for group in groups.values():

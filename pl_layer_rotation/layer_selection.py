@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -91,7 +92,9 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
     owners: dict[int, list[nn.Module]] = {}
     taken: set[str] = set()
     for path, owner, parameter_name, parameter in _parameters(module):
-        if is_lazy(parameter) or parameter.dim() < 2 or not (parameter.is_floating_point() or parameter.is_complex()):
+        if is_lazy(parameter) or parameter.dim() < 2 or parameter.layout != torch.strided:
+            continue
+        if not (parameter.is_floating_point() or parameter.is_complex()):
             continue
         key = id(parameter)
         if key not in names:

@@ -1,6 +1,7 @@
 """The callback that measures, records, logs and reports layer rotation while Lightning trains."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._lightning import (
     CallbackBase,
+    averages_are_in,
     final_facts,
     log_folder,
     run_facts,
@@ -46,18 +48,23 @@ class LayerRotationMonitor(CallbackBase):
 
     - ``layer_rotation/007_block_conv1``: cosine distance from the weights at the start, 0 … 2;
     - ``layer_rotation_stats/mean``, ``min``, ``max``: over layers; also in ``trainer.callback_metrics`` from the first
-      reading or validation on, for ``EarlyStopping`` and ``ModelCheckpoint``;
+      reading or validation on, for ``EarlyStopping`` and ``ModelCheckpoint``; NaN there once weights are not finite;
     - ``layer_angular_update/…`` (radians turned by the optimizer steps of one batch) and ``layer_norm_ratio/…``
       (norm over norm at the start) where ``log_quantities`` asks for them; the history always has them.
 
     With more than 1000 layers loggers get the aggregates only. A layer that starts at zero has no direction: it is
     measured from its first non-zero weights, and a warning says so once. Layers that appear during training join with
-    the weights at their first reading.
+    the weights at their first reading. Should a measurement fail, a warning says why and reading stops.
+
+    Limits: strategies that start processes of their own (``ddp_spawn``, ``ddp_notebook``) leave ``history`` in them,
+    the files remain. Of two monitors in one trainer the later one's files and aggregates count. LightningCLI of
+    ``lightning.pytorch`` wants that package imported before this one. Aggregates of the angular update exist from the
+    first reading on only.
 
     Args:
         include: patterns of layers to measure, see :func:`~pl_layer_rotation.select_layers`.
         exclude: patterns of layers to leave out.
-        every_n_steps: optimizer steps between readings; None takes the trainer's ``log_every_n_steps``.
+        every_n_steps: batches that stepped between readings; None takes the trainer's ``log_every_n_steps``.
         log_quantities: what goes to the loggers, of ``"rotation"``, ``"angular_update"``, ``"norm_ratio"``. The
             angular update needs a second copy of the weights for the length of a step that is read.
         save_reference: whether checkpoints carry the weights to measure from (one model's weights in each, which every
@@ -109,6 +116,9 @@ class LayerRotationMonitor(CallbackBase):
         self._before: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}  # references of cut layers as checkpoints carry them
         self._training = False
+        self._broken = False  # a measurement failed: nothing is read any more in this fit
+        self._diverged = False  # the last reading met weights that are not finite
+        self._module: weakref.ref[pl.LightningModule] | None = None
         self._global_step = 0
         self._step = 0
         self._latest: tuple[int, _Reading] | None = None  # the last reading and its step, recorded or not
@@ -118,7 +128,8 @@ class LayerRotationMonitor(CallbackBase):
     @property
     def state_key(self) -> str:
         """Tells monitors of other layers apart in a checkpoint; a resumed run may read or log otherwise."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        include, exclude = ([p] if isinstance(p, str) else p and list(p) for p in (self.include, self.exclude))
+        return self._generate_state_key(include=include, exclude=exclude)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Forget what an earlier ``validate(ckpt_path=...)`` loaded: only this fit's checkpoint counts."""
@@ -127,8 +138,16 @@ class LayerRotationMonitor(CallbackBase):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the reference, or go on from the checkpoint's or from the last fit."""
-        layers = select_layers(pl_module, self.include, self.exclude)
-        goes_on = self._references and trainer.global_step == self._global_step > 0
+        lazy = any(map(is_lazy, pl_module.parameters()))
+        try:
+            layers = select_layers(pl_module, self.include, self.exclude)
+        except MisconfigurationException:
+            if not lazy:
+                raise
+            layers = {}  # a pattern may mean a layer that is yet to be initialized
+        same = self._module is not None and self._module() is pl_module
+        goes_on = same and self._references and trainer.global_step == self._global_step > 0
+        self._module, self._broken, self._step = weakref.ref(pl_module), False, stepped_batches(trainer)
         if self._restored is not None:
             self._resume(self._restored, layers)
         elif not goes_on:
@@ -137,14 +156,13 @@ class LayerRotationMonitor(CallbackBase):
             self._references, self._whole, self.history = {}, {}, RotationHistory([])
             self._latest, self._ends_with_extra_row = None, False
         self._restored = None
-        expected = bool(layers) or any(map(is_lazy, pl_module.parameters()))
+        expected = bool(layers) or lazy
         if not expected:
             self._warn(f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)")
         self._adopt(layers)
         # A barebones trainer logs never: nothing is read either.
         self._training = expected and self._cadence(trainer) > 0
         self._global_step = trainer.global_step
-        self._step = stepped_batches(trainer)
         self._attempt("noting the facts", lambda: self.history.facts.update(run_facts(trainer, pl_module)))
         self._attempt("the preparation of W&B", self._prepare_wandb, trainer)
 
@@ -152,12 +170,11 @@ class LayerRotationMonitor(CallbackBase):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         """Copy the weights before a step whose angle will be read."""
-        if self._training and self._step == 0:
-            # Lazy layers have had their first batch by now, and not yet their first step.
-            self._adopt(select_layers(pl_module, self.include, self.exclude))
-        if self._training and not self._before and (stepped_batches(trainer) + 1) % self._cadence(trainer) == 0:
-            layers = select_layers(pl_module, self.include, self.exclude)
-            self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
+        if not self._reads(trainer):
+            return
+        due = self._is_due(trainer, stepped_batches(trainer) + 1) and not self._before
+        if due or self._step == 0:
+            self._measure(self._prepare, pl_module, due)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -167,9 +184,9 @@ class LayerRotationMonitor(CallbackBase):
         if not self._training or trainer.global_step == self._global_step:
             return
         self._global_step = trainer.global_step
-        self._step = stepped_batches(trainer) + 1
-        if self._step % self._cadence(trainer) == 0:
-            self._read(pl_module)
+        step = stepped_batches(trainer) + 1
+        due, self._step = self._is_due(trainer, step), step
+        if due and self._reads(trainer) and self._measure(self._read, pl_module):
             self._record(trainer)
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -184,7 +201,7 @@ class LayerRotationMonitor(CallbackBase):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record the final reading and report."""
         # Averaging callbacks may have replaced the weights by now: the reading was taken at the end of the epoch.
-        if self._training and self._latest is not None and self._latest[0] not in self.history.steps[-1:]:
+        if self._training and self._latest is not None and self._latest[0] not in (0, *self.history.steps[-1:]):
             self._record(trainer)
             self._ends_with_extra_row = True
         self._finish(trainer)
@@ -211,7 +228,9 @@ class LayerRotationMonitor(CallbackBase):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's methods on callbacks while it trains; with them a copy would hold the module.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
+            "_module": None
+        }
 
     def _resume(self, state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
         reference: Mapping[str, Tensor] = state["reference"]
@@ -254,11 +273,36 @@ class LayerRotationMonitor(CallbackBase):
     def _cadence(self, trainer: "pl.Trainer") -> int:
         return int(self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
+    def _is_due(self, trainer: "pl.Trainer", step: int) -> bool:
+        # Not "a multiple": by hand, gradients may accumulate so that no step ever meets one.
+        return step // self._cadence(trainer) > self._step // self._cadence(trainer)
+
+    def _reads(self, trainer: "pl.Trainer") -> bool:
+        return self._training and not self._broken and not averages_are_in(trainer)
+
+    def _measure(self, action: Callable[..., None], *args: Any) -> bool:
+        """Do it; where it fails, warn and read no more, rather than end the training."""
+        try:
+            action(*args)
+        except Exception as error:
+            if self._whole:
+                raise  # layers are cut: the other processes wait for this one's sums
+            self._broken, self._before, self._latest = True, {}, None
+            self._warn(f"measuring failed and stops here: {type(error).__name__}: {error}")
+        return not self._broken
+
     def _bring_up_to_date(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._training and not trainer.sanity_checking and self._step > 0:
-            if self._latest is None or self._latest[0] != self._step:
-                self._read(pl_module)
-            self._publish(trainer)
+        if self._reads(trainer) and not trainer.sanity_checking:
+            current = self._latest is not None and self._latest[0] == self._step
+            if current or self._measure(self._read, pl_module):
+                self._publish(trainer)
+
+    def _prepare(self, pl_module: "pl.LightningModule", copy: bool) -> None:
+        """Before a step: lazy layers have had their first batch by now; a step whose angle is read needs a copy."""
+        layers = select_layers(pl_module, self.include, self.exclude)
+        self._adopt(layers)
+        if copy:
+            self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
 
     @torch.no_grad()
     def _read(self, pl_module: "pl.LightningModule") -> None:
@@ -287,6 +331,7 @@ class LayerRotationMonitor(CallbackBase):
             known = torch.zeros(len(names), dtype=torch.bool)
             known[stepped] = True
             reading["angular_update"] = self._filled(names, turned.where(known, torch.nan))
+        self._diverged = not packed[:, 2].isfinite().all()
         self._start_zero_layers(layers, packed, reading)
         self._latest = (self._step, reading)
 
@@ -312,6 +357,8 @@ class LayerRotationMonitor(CallbackBase):
         """Put the last reading into the history and send it to the loggers."""
         assert self._latest is not None
         step, reading = self._latest
+        # After an interrupt, or a resume with another accumulation, Lightning may number a step twice.
+        self.history.drop_from(step)
         self.history.append(step, **reading)
         self._ends_with_extra_row = False
         metrics = self._publish(trainer)
@@ -335,7 +382,10 @@ class LayerRotationMonitor(CallbackBase):
             if len(values):
                 for name, statistic in _STATISTICS.items():
                     metrics[f"layer_{quantity}_stats/{name}"] = float(statistic(values))
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        published = dict.fromkeys(metrics, math.nan) if self._diverged else metrics
+        if self._diverged:
+            published |= dict.fromkeys((k for k in trainer.callback_metrics if k.startswith("layer_")), math.nan)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in published.items()})
         return metrics
 
     def _finish(self, trainer: "pl.Trainer") -> None:

@@ -350,6 +350,35 @@ def test_loading_leaves_the_given_state_alone_and_keeps_norms_exact() -> None:
     assert [float(n) for n in norms] == [float(entry["initial_norm"]) for entry in before["state"].values()]
 
 
+def test_the_state_of_another_base_is_refused_by_name() -> None:
+    state = Layca(layers(), base="SGD").state_dict()
+    with pytest.raises(
+        ValueError, match=r"`state_dict` must come from Layca over AdamW, got groups without betas, eps\."
+    ):
+        Layca(layers(), base="AdamW").load_state_dict(state)
+
+
+def test_the_state_of_the_plain_base_leaves_our_options_as_they_are() -> None:
+    first, second = layers()[:2]
+    groups = [{"params": [first], "lr": 1e-3, "weight_decay": 0.1}, {"params": [second], "lr": 1e-3}]
+    plain = torch.optim.AdamW(groups)
+    random_gradients([first, second], 0)
+    plain.step()
+    ours = [
+        {"params": [first], "lr": 0.05, "name": "rotating"},
+        {"params": [second], "lr": 0.01, "name": "plain", "rotate": False},
+    ]
+    optimizer = Layca(ours, base="AdamW")
+    with pytest.warns(UserWarning, match="Layca loaded the state of a plain optimizer"):
+        optimizer.load_state_dict(plain.state_dict())
+    kept = [(g["name"], g["lr"], g["rotate"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert kept == [("rotating", 0.05, True, 0.0), ("plain", 0.01, False, 0.01)]
+    assert torch.equal(optimizer.state[first]["exp_avg"], plain.state[first]["exp_avg"])
+    before = first.detach().clone()
+    optimizer.step()
+    assert angle(before, first) == pytest.approx(math.atan(0.05), rel=1e-5)
+
+
 SCHEDULERS = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),

@@ -297,8 +297,74 @@ def test_a_layer_that_appears_later_joins_with_its_own_start() -> None:
     late = monitor.history.values("rotation")[:, 2]
     assert monitor.history.layer_names == ["body.0", "head", "late"]
     assert late[:8].isnan().all()
-    assert late[8] == 0
-    assert 0 < late[9] < late[15]
+    assert 0 < late[8] < late[9] < late[15]
+
+
+def test_fitting_again_after_an_interrupt_goes_on() -> None:
+    class InterruptsOnce(pl.Callback):
+        done = False
+
+        def on_validation_start(self, *args: Any) -> None:
+            if not self.done and not args[0].sanity_checking:
+                self.done = True
+                raise KeyboardInterrupt
+
+    monitor, module = LayerRotationMonitor(report=False), Net()
+    run = trainer(monitor, InterruptsOnce(), max_epochs=2, val_check_interval=3)
+    with pytest.raises(SystemExit, match="1"):
+        run.fit(module, batches(), batches())
+    run.fit(module, batches(), batches())
+    assert run.state.finished
+    assert monitor.history.steps == sorted(set(monitor.history.steps))
+
+
+def test_a_failed_measurement_is_a_warning_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = LayerRotationMonitor(report=False)
+    calls = iter(range(100))
+
+    def fails_later(*args: Any) -> Any:
+        if next(calls) == 3:
+            raise MemoryError("no room for a copy")
+        return original(*args)
+
+    original = monitor._read
+    monkeypatch.setattr(monitor, "_read", fails_later)
+    with pytest.warns(UserWarning, match="measuring failed and stops here: MemoryError: no room for a copy"):
+        run = fit(monitor)
+    assert run.state.finished
+    assert monitor.history.steps == [1, 2, 3]
+
+
+def test_another_model_in_the_same_trainer_is_measured_from_its_own_weights() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    run = fit(monitor)
+    other = Net(lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    nn.init.normal_(other.head.weight)
+    run.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match="curves start where training resumes"):
+        run.fit(other, batches())
+    assert set(monitor.history.final().values()) == {0.0}
+
+
+def test_weights_that_are_not_finite_show_in_the_aggregates() -> None:
+    run = fit(LayerRotationMonitor(report=False), module=Net(lambda m: torch.optim.SGD(m.parameters(), lr=1e30)))
+    assert run.callback_metrics["layer_rotation_stats/mean"].isnan()
+
+
+class EveryOther(TwoOptimizers):
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int = 0) -> None:
+        self.manual_backward(Net.training_step(self, batch))
+        if batch_idx % 3 == 1:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_accumulating_by_hand_still_meets_the_cadence() -> None:
+    monitor = LayerRotationMonitor(every_n_steps=3, report=False)
+    fit(monitor, module=EveryOther(), data=batches(12))
+    assert monitor.history.steps == [5, 8, 11]
+    assert not monitor.history.values("angular_update").isnan().any()
 
 
 class FailingLogger(CSVLogger):
