@@ -1,9 +1,11 @@
 """What every test gets: no network, no account, nothing left behind."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Small tensors: a second thread only waits for the first, or fights with other processes for its core.
 torch.set_num_threads(1)
@@ -19,3 +21,10 @@ def wandb_stays_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         yield
+
+
+@pytest.fixture
+def single_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

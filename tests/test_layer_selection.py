@@ -2,12 +2,11 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -40,13 +39,6 @@ def shapes(module: nn.Module, **options: Any) -> dict[str, tuple[int, ...]]:
 
 def names(module: nn.Module, **options: Any) -> list[str]:
     return list(select_layers(module, **options))
-
-
-@pytest.fixture
-def single_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # --- wrapping ---

@@ -9,14 +9,13 @@ import io
 import pickle
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from nets import Net, batches, trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,13 +53,6 @@ def distances(now: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[
 def assert_reads(reading: Reading, expected: dict[str, float], rel: float = 1e-6) -> None:
     assert list(reading) == list(expected)
     assert {name: float(value) for name, value in reading.items()} == pytest.approx(expected, rel=rel, abs=0)
-
-
-@pytest.fixture
-def single_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 # --- the function ---
