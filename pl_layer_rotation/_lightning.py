@@ -46,8 +46,9 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
     }
 
 
-def final_facts(trainer: "pl.Trainer") -> dict[str, Any]:
-    metrics = {key: float(v) for key, v in trainer.callback_metrics.items() if not key.startswith("layer_")}
+def final_facts(trainer: "pl.Trainer", ours: list[str]) -> dict[str, Any]:
+    """How the training ended, by the metrics that the user logged."""
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key not in ours}
     return {"epochs": trainer.current_epoch, "metrics": metrics}
 
 

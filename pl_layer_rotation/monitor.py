@@ -382,18 +382,22 @@ class LayerRotationMonitor(CallbackBase):
             if len(values):
                 for name, statistic in _STATISTICS.items():
                     metrics[f"layer_{quantity}_stats/{name}"] = float(statistic(values))
-        published = dict.fromkeys(metrics, math.nan) if self._diverged else metrics
-        if self._diverged:
-            published |= dict.fromkeys((k for k in trainer.callback_metrics if k.startswith("layer_")), math.nan)
+        stale = [key for key in self._statistic_keys() if key in metrics or key in trainer.callback_metrics]
+        published = dict.fromkeys(stale, math.nan) if self._diverged else metrics
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in published.items()})
         return metrics
+
+    def _statistic_keys(self) -> list[str]:
+        return [f"layer_{quantity}_stats/{name}" for quantity in self.log_quantities for name in _STATISTICS]
 
     def _finish(self, trainer: "pl.Trainer") -> None:
         training, self._training = self._training, False
         self._before = {}
         if not training or not len(self.history) or not trainer.is_global_zero:
             return
-        self._attempt("noting the final metrics", lambda: self.history.facts.update(final_facts(trainer)))
+        self._attempt(
+            "noting the final metrics", lambda: self.history.facts.update(final_facts(trainer, self._statistic_keys()))
+        )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             return
         if self.report:
@@ -417,7 +421,7 @@ class LayerRotationMonitor(CallbackBase):
     def _prepare_wandb(self, trainer: "pl.Trainer") -> None:
         from pl_layer_rotation.report.wandb_sink import prepare_run
 
-        keys = [f"layer_{quantity}_stats/{name}" for quantity in self.log_quantities for name in _STATISTICS]
+        keys = self._statistic_keys()
         if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS:
             keys += [key for quantity in self.log_quantities for key in log_keys(self.history.layer_names, quantity)]
         for logger in wandb_loggers(trainer):

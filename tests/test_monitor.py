@@ -351,6 +351,20 @@ def test_weights_that_are_not_finite_show_in_the_aggregates() -> None:
     assert run.callback_metrics["layer_rotation_stats/mean"].isnan()
 
 
+class LogsItsOwn(Net):
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int = 0) -> torch.Tensor:
+        self.log("layer_penalty", 0.5, on_step=False, on_epoch=True)
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e30], ids=["healthy", "diverged"])
+def test_metrics_of_the_user_are_left_alone_whatever_their_name(lr: float) -> None:
+    monitor, module = LayerRotationMonitor(report=False), LogsItsOwn(lambda m: torch.optim.SGD(m.parameters(), lr=lr))
+    run = fit(monitor, module=module, max_epochs=2)
+    assert run.callback_metrics["layer_penalty"].item() == 0.5
+    assert monitor.history.facts["metrics"] == {"layer_penalty": 0.5}
+
+
 class EveryOther(TwoOptimizers):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int = 0) -> None:
         self.manual_backward(Net.training_step(self, batch))
