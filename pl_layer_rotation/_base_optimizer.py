@@ -3,33 +3,40 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _SAME_DIRECTION = 1e-4  # radians: usable bases differ by 2e-11, the others by 4e-3 and more
 
+# Devices with fused kernels.
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+# Whether an accelerator captures a graph: the name until torch 2.9, and since.
+_CAPTURE_CHECKS = ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check")
+
 BaseOptimizer = type[Optimizer] | str | Callable[[Iterable[Any]], Optimizer]
 
 
-def resolve_base(base: BaseOptimizer, options: Mapping[str, Any]) -> Callable[[Any], Optimizer]:
+def resolve_base(base: BaseOptimizer, options: Mapping[str, Any], argument: str = "base") -> Callable[[Any], Optimizer]:
     """A function from groups to the base optimizer, its options checked by name."""
     if isinstance(base, str):
         names = [name for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and kind is not Optimizer]
         if base not in names:
             near = difflib.get_close_matches(base, names, n=3, cutoff=0.4) or ["SGD", "AdamW"]
             raise ValueError(
-                f"`base` must name an optimizer of torch.optim, got {base!r}. Similar names: "
+                f"`{argument}` must name an optimizer of torch.optim, got {base!r}. Similar names: "
                 f"{', '.join(map(repr, near))}."
             )
         base = getattr(torch.optim, base)
     if not callable(base):
         raise TypeError(
-            f"`base` must be an optimizer class, its name or a function from parameters to an optimizer, got {base!r}. "
-            "Pass for instance `torch.optim.AdamW`."
+            f"`{argument}` must be an optimizer class, its name or a function from parameters to an optimizer, "
+            f"got {base!r}. Pass for instance `torch.optim.AdamW`."
         )
     name = getattr(base, "__name__", repr(base))
     accepted = inspect.signature(base).parameters
@@ -50,10 +57,165 @@ def resolve_base(base: BaseOptimizer, options: Mapping[str, Any]) -> Callable[[A
     def make(params: Any) -> Optimizer:
         made = base(params, **required, **options)
         if not isinstance(made, Optimizer):
-            raise TypeError(f"`base` must make a torch optimizer, got {made!r} from {name}. Return the optimizer.")
+            raise TypeError(
+                f"`{argument}` must make a torch optimizer, got {made!r} from {name}. Return the optimizer."
+            )
         return made
 
     return make
+
+
+class Loan:
+    """What is stepped in the place of which parameters, and all that follows from it for every step.
+
+    Args:
+        items: param group's index and parameter.
+        lent: what is stepped in the place of each parameter; may be the parameter itself.
+
+    """
+
+    def __init__(self, items: Sequence[tuple[int, Tensor]], lent: Sequence[Tensor]) -> None:
+        self.parameters = [parameter for _, parameter in items]
+        self.lent = list(lent)
+        self.members: dict[int, list[Tensor]] = {}
+        for (index, _), stand_in in zip(items, lent, strict=True):
+            self.members.setdefault(index, []).append(stand_in)
+        self.on_host = all(tensor.device.type == "cpu" for tensor in lent)
+        self.fusable = all(
+            # Fused SGD knows no sharding strategy.
+            not isinstance(tensor, DTensor) and tensor.device.type in _FUSED_DEVICES and tensor.is_floating_point()
+            for tensor in lent
+        )
+        self.strides = [tensor.stride() for tensor in lent] if self.fusable else []
+
+    def can_fuse(self) -> bool:
+        """Whether gradients lie in memory as the lent tensors do: fused kernels pair elements by their place there."""
+        return self.fusable and all(
+            tensor.grad.layout is torch.strided and tensor.grad.stride() == stride
+            for tensor, stride in zip(self.lent, self.strides, strict=True)
+            if tensor.grad is not None
+        )
+
+
+class BorrowedOptimizer:
+    """An optimizer that owns nothing: groups and state are lent to it for the length of a step.
+
+    Args:
+        optimizer: made on the real groups, so that it has checked its options; it is emptied.
+        hidden: key of the state that it must not see. An entry tells an optimizer that its own are there too.
+
+    """
+
+    def __init__(self, optimizer: Optimizer, hidden: str) -> None:
+        self.optimizer = optimizer
+        self.hidden = hidden
+        # Some make their state at construction (Adagrad). A tensor gets it at its first step: earlier, its entry would
+        # tell torch's distributed checkpoints that ours is there too.
+        self.early_state: dict[Tensor, dict[str, Any]] = dict(optimizer.state)
+        self._empty()
+
+    def step(
+        self,
+        loan: Loan,
+        options: Sequence[Mapping[str, Any]],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        values: Mapping[Tensor, Tensor],
+    ) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
+        """Step the lent tensors with the gradients and the state of the real parameters.
+
+        Args:
+            loan: who stands in for whom.
+            options: options of the param groups.
+            state: the real state.
+            values: hidden values for parameters whose state starts with this step.
+
+        Returns:
+            The options, by group index, that the optimizer changed (some count steps there), and the hidden values.
+
+        """
+        known: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        entries: list[dict[str, Any]] = []
+        hidden: list[Tensor | None] = []
+        for parameter, stand_in in zip(loan.parameters, loan.lent, strict=True):
+            stand_in.grad = parameter.grad
+            entry = state.get(parameter)
+            if entry is None:
+                entry = self.early_state.pop(parameter, {})
+            entries.append(entry)
+            hidden.append(entry.pop(self.hidden, None))
+            if entry:
+                known[stand_in] = entry
+        # Fused kernels cannot start the state of some tensors while they go on with that of others.
+        fuse = len(known) in (0, len(entries)) and loan.can_fuse()
+        groups = self._groups(loan, options, fuse)
+        self.optimizer.param_groups = list({id(group): group for group in groups.values()}.values())
+        self.optimizer.state = known
+        if loan.on_host:
+            # torch asks for an accelerator before each step of some optimizers, which may take as long as the step.
+            vars(self.optimizer).update(dict.fromkeys(_CAPTURE_CHECKS, _nothing))
+        stepped = False
+        try:
+            run_step(self.optimizer)
+            stepped = True
+        finally:
+            self._empty()
+            for place, (parameter, stand_in) in enumerate(zip(loan.parameters, loan.lent, strict=True)):
+                if stand_in is not parameter:
+                    stand_in.grad = None
+                value = hidden[place]
+                if value is None and stepped:
+                    entries[place] = known.get(stand_in, {})
+                    value = hidden[place] = values[parameter]
+                    state[parameter] = entries[place]
+                if value is not None:
+                    entries[place][self.hidden] = value
+                elif entries[place]:
+                    self.early_state[parameter] = entries[place]
+        kept = ("params", "lr", "fused")
+        changed = {index: {k: v for k, v in group.items() if k not in kept} for index, group in groups.items()}
+        return changed, [value for value in hidden if value is not None]
+
+    def _groups(self, loan: Loan, options: Sequence[Mapping[str, Any]], fuse: bool) -> dict[int, dict[str, Any]]:
+        groups: dict[int, dict[str, Any]] = {}
+        latest: Mapping[str, Any] | None = None
+        shared: dict[str, Any] = {}
+        for index, members in loan.members.items():
+            # Layers with rates of their own are alike to the base: one call of its kernel serves them all.
+            if latest is None or not _alike(latest, options[index]):
+                latest, shared = options[index], {**options[index], "params": []}
+                if fuse and shared.get("fused", 0) is None and shared.get("foreach") is None:
+                    shared["fused"] = not shared.get("capturable", False) or None
+            shared["params"] += members
+            groups[index] = shared
+        return groups
+
+    def _empty(self) -> None:
+        self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)
+        for name in _CAPTURE_CHECKS:
+            vars(self.optimizer).pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's optimizers give up all but three fields when they are copied.
+        return {**vars(self), "optimizer": (type(self.optimizer), dict(vars(self.optimizer)))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kind, attributes = state["optimizer"]
+        optimizer = object.__new__(kind)
+        vars(optimizer).update(attributes)
+        vars(self).update({**state, "optimizer": optimizer})
+
+
+def _nothing() -> None:
+    """Take the place of a check that has nothing to check on the CPU."""
+
+
+def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two groups can be stepped as one: tensors must be the same objects."""
+    return first.keys() == second.keys() and all(
+        value is second[key]
+        or not (isinstance(value, Tensor) or isinstance(second[key], Tensor) or value != second[key])
+        for key, value in first.items()
+    )
 
 
 def run_step(optimizer: Optimizer) -> None:

@@ -27,6 +27,8 @@ _RADIAL_LIMIT = 16.0
 _SAFE_SQUARES = (1e-30, 1e30)
 # Share of the step that must be tangential: below, a step is radial and its direction round-off.
 _RADIAL_STEP = 1e-12
+# The same where products are rounded to fp32 and nobody can look whether they should be taken again.
+_RADIAL_DEVICE_STEP = 1e-6
 # Below this share the tangential part of fp32 sums has lost the digits that an exact angle needs.
 _NEARLY_RADIAL_STEP = 1e-2
 
@@ -93,6 +95,15 @@ def step_sums(step: Tensor, weight: Tensor, *, exact: bool = False) -> Tensor:
     return _accumulate([(s.dot(w), s.dot(s), w.dot(w)) for s, w in _chunks(step, weight, exact=exact)], 3, weight)
 
 
+def device_step_sums(step: Tensor, weight: Tensor) -> Tensor:
+    """The same three sums on an accelerator in few launches: fp32 products, squares and sums in float64."""
+    wide = wide_dtype(weight.device)
+    if step.dtype in (torch.bfloat16, torch.float16):
+        step, weight = step.float(), weight.float()
+    squares = [torch.linalg.vector_norm(part, dtype=wide).square() for part in (step, weight)]
+    return torch.stack([(step * weight).sum(dtype=wide), *squares])
+
+
 def tangential_square(step: Tensor, weight: Tensor, along: float, weight_square: float) -> float:
     """``|s - (s·w / w·w) w|²`` in float64, for steps so radial that their sums do not know it any more."""
     rows = []
@@ -119,7 +130,13 @@ def tangential_share(sums: Tensor) -> Tensor:
 
 
 def layca_coefficients(
-    sums: Tensor, lr: Tensor, initial_norm: Tensor, tangential: Tensor, tangent_square: Tensor | None = None
+    sums: Tensor,
+    lr: Tensor,
+    initial_norm: Tensor,
+    tangential: Tensor | None = None,
+    tangent_square: Tensor | None = None,
+    *,
+    fp32_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``(a, b)`` of Layca's update ``w ← a·w - b·s`` (arXiv 1806.01603; the four steps of the paper in one).
 
@@ -131,29 +148,42 @@ def layca_coefficients(
         sums: ``(layers, 3)`` rows ``(s·w, s·s, w·w)`` with ``s`` the descent step (the base subtracts it).
         lr: ``(layers,)`` tangent of the requested angle.
         initial_norm: ``(layers,)`` norm that the weights return to.
-        tangential: ``(layers,)`` bool; False for the update without projection.
+        tangential: ``(layers,)`` bool; False for the update without projection. None: all True.
         tangent_square: ``(layers,)`` the exact ``p²`` where known; computed from the sums where NaN or absent.
+        fp32_products: whether the sums come from :func:`device_step_sums`; a step is then radial where less than 1e-6
+            of its square is tangential, otherwise below 1e-12.
 
     Returns:
-        Two float64 tensors of shape ``(layers,)``.
+        Two float64 tensors of shape ``(layers,)``, on the device of the sums.
 
     """
     along, step_square, weight_square = sums.unbind(-1)
-    projected = step_square - along.square() / weight_square
+    ratio = along / weight_square
+    used = step_square - along * ratio
     if tangent_square is not None:
-        projected = torch.where(tangent_square.isnan(), projected, tangent_square)
-    used = torch.where(tangential, projected, step_square)
-    still = (step_square == 0) | (used <= _RADIAL_STEP * step_square)
+        used = torch.where(tangent_square.isnan(), used, tangent_square)
+    grown = weight_square * (1 + lr.square())
+    if tangential is not None:
+        used = torch.where(tangential, used, step_square)
     q = lr * (weight_square / used).sqrt()
-    turned = torch.where(
-        tangential,
-        weight_square * (1 + lr.square()),
-        weight_square - 2 * q * along + q.square() * step_square,
-    )
-    k = initial_norm / turned.sqrt()
-    a = torch.where(tangential, k * (1 + q * along / weight_square), k)
-    no_op = still | (lr == 0)
-    return torch.where(no_op, torch.ones_like(a), a), torch.where(no_op, torch.zeros_like(a), k * q)
+    if tangential is not None:
+        grown = torch.where(tangential, grown, weight_square - 2 * q * along + q.square() * step_square)
+        ratio = ratio * tangential
+    k = initial_norm / grown.sqrt()
+    # Also where the step is zero: 0 <= 0. A NaN compares as False and stays.
+    moves = (used <= (_RADIAL_DEVICE_STEP if fp32_products else _RADIAL_STEP) * step_square).logical_or_(lr == 0)
+    moves = moves.logical_not_()
+    return torch.where(moves, k * (1 + q * ratio), 1.0), torch.where(moves, k * q, 0.0)
+
+
+def chunks(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Matching pieces of two flat tensors on the CPU, each short enough for a dot product in its own dtype."""
+    return list(zip(torch.split(first, _CPU_CHUNK), torch.split(second, _CPU_CHUNK), strict=True))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def flat_view(tensor: Tensor) -> Tensor | None:
@@ -210,7 +240,7 @@ def _chunks(first: Tensor, second: Tensor, *, exact: bool) -> list[tuple[Tensor,
 
 def _accumulate(rows: Sequence[tuple[Tensor, ...]], width: int, like: Tensor) -> Tensor:
     """Sum of the pieces' rows, in float64 where the device has it."""
-    wide = torch.float32 if like.device.type == "mps" else torch.float64
+    wide = wide_dtype(like.device)
     if not rows:
         return torch.zeros(width, dtype=wide, device=like.device)
     if like.device.type == "cpu":

@@ -1,72 +1,263 @@
-"""The bounded scratch that a base steps in place of the weights, and the pass that moves the weights by it."""
+"""The bounded scratch that a base steps in place of the weights, and the layers that turn by what it wrote there."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._sharding import local_tensor
+from pl_layer_rotation._base_optimizer import Loan
+from pl_layer_rotation._sharding import local_tensor, original_shape, shard_count
 
 Item = tuple[int, Tensor]  # index of the param group, parameter
-Buffers = dict[tuple[torch.device, torch.dtype], Tensor]
+Kind = tuple[torch.device, torch.dtype]
+Buffers = dict[Kind, Tensor]
 
 # Elements of the scratch: it stays in cache, which was faster than a buffer for every layer. A larger layer gets a
 # scratch of its own size.
 _ELEMENTS = 1 << 22
 
 
-def chunks(rotating: list[Item]) -> Iterator[list[Item]]:
-    """The rotating tensors in runs that fit the scratch, by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Item]] = {}
-    for item in rotating:
+class Layer:
+    """One direction that turns: a whole tensor, one of its leading slices, or the piece of either held here.
+
+    Attributes:
+        weights: the piece of the parameter.
+        ascent: the same piece of its stand-in: what the base added to zero.
+
+    """
+
+    __slots__ = ("_matrix", "_one", "_pieces", "_step", "ascent", "weights")
+
+    def __init__(self, weights: Tensor, ascent: Tensor) -> None:
+        self.weights, self.ascent = weights, ascent
+        self._pieces: list[tuple[Tensor, Tensor]] | None = None
+        w, u = geometry.flat_view(weights), geometry.flat_view(ascent)
+        if w is None or u is None or weights.stride() != ascent.stride():
+            return
+        if weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64):
+            self._pieces = geometry.chunks(u, w)
+            # An outer product with a vector of one element: the only in-place kernel that scales and adds in one pass.
+            self._matrix, self._step, self._one = w.view(1, -1), u, torch.ones(1, dtype=w.dtype)
+
+    def sums(self) -> tuple[float, float, float]:
+        """``(u·w, u·u, w·w)`` on the CPU, products in the dtype of the weights, but at least fp32."""
+        if self._pieces is None:
+            along, step_square, weight_square = geometry.step_sums(self.ascent, self.weights).tolist()
+            return along, step_square, weight_square
+        along = step_square = weight_square = 0.0
+        for u, w in self._pieces:
+            along += u.dot(w).item()
+            step_square += u.dot(u).item()
+            weight_square += w.dot(w).item()
+        return along, step_square, weight_square
+
+    def turn(self, scale: float, factor: float) -> None:
+        """``w ← scale·w + factor·u`` in place, rounded once."""
+        if self._pieces is not None:
+            self._matrix.addr_(self._one, self._step, beta=scale, alpha=factor)
+        elif self.weights.dtype in (torch.bfloat16, torch.float16):
+            self.weights.copy_(self.weights.float().mul_(scale).add_(self.ascent.float(), alpha=factor))
+        else:
+            self.weights.mul_(scale).add_(self.ascent, alpha=factor)
+
+    def turn_on_device(self, scale: Tensor, factor: Tensor) -> None:
+        """The same by 0-dim tensors, without waiting for their values."""
+        w, u = self.weights, self.ascent
+        if w.dtype in (torch.bfloat16, torch.float16):
+            w.copy_(w.float().mul_(scale).addcmul_(u.float(), factor.float()))
+        else:
+            w.mul_(scale).addcmul_(u, factor.to(w.dtype))
+
+
+class Chunk:
+    """Rotating tensors that are stepped by one call of the base, with their stand-ins and layers.
+
+    Attributes:
+        items: index of the param group and parameter.
+        lent: a stand-in for each parameter, in its shape, layout and distributed form, zero before the base's step.
+        loan: the same as the base takes it.
+        layers: the layers held here, tensor after tensor.
+        rows: the row of each of them among all layers of the chunk, also those that other processes hold.
+        starts: first row of each tensor, and the number of rows at the end.
+        counts: in how many pieces each row's tensor is cut.
+        is_whole: whether this process holds every layer whole.
+
+    """
+
+    def __init__(self, items: list[Item], leading_dims: Sequence[int], buffers: Buffers) -> None:
+        self.items = items
+        self.pieces = [local_tensor(parameter) for _, parameter in items]
+        self.lent: list[Tensor] = []
+        self.layers: list[Layer] = []
+        self.rows: list[int] = []
+        self.starts: list[int] = [0]
+        self.counts: list[int] = []
+        self.leading_shapes: list[torch.Size] = []
+        self._zeroed: list[Tensor] = []
+        needed: dict[Kind, int] = {}
+        for piece in self.pieces:
+            kind = (piece.device, piece.dtype)
+            needed[kind] = needed.get(kind, 0) + piece.numel()
+        for kind, elements in needed.items():
+            if kind not in buffers or buffers[kind].numel() < elements:
+                buffers[kind] = torch.zeros(elements, dtype=kind[1], device=kind[0])
+            self._zeroed.append(buffers[kind][:elements])
+        used = dict.fromkeys(needed, 0)
+        for (_, parameter), piece, leading in zip(items, self.pieces, leading_dims, strict=True):
+            kind = (piece.device, piece.dtype)
+            part = buffers[kind][used[kind] : used[kind] + piece.numel()]
+            used[kind] += piece.numel()
+            dense = geometry.flat_view(piece) is not None
+            # Same layout as the weights where that has no gaps, so that elements pair up in memory.
+            view = part.as_strided(piece.size(), piece.stride()) if dense else part.view(piece.size())
+            self.lent.append(_like(parameter, view))
+            shape = original_shape(parameter)[:leading]
+            held = _held_slices(parameter, leading)
+            self.rows += [self.starts[-1] + row for row in held]
+            self.layers += [Layer(*pair) for pair in zip(_slices(piece, leading), _slices(view, leading), strict=True)]
+            self.starts.append(self.starts[-1] + shape.numel())
+            self.counts += [shard_count(parameter)] * shape.numel()
+            self.leading_shapes.append(shape)
+        self.is_whole = all(count == 1 for count in self.counts)
+        self.loan = Loan(items, self.lent)
+
+    def zero(self) -> None:
+        """Clear the stand-ins. The same memory serves other chunks."""
+        for part in self._zeroed:
+            part.zero_()
+
+    def position(self, parameter: Tensor) -> int:
+        """Where a parameter stands in the chunk."""
+        return next(position for position, (_, member) in enumerate(self.items) if member is parameter)
+
+    def per_row(self, values: Sequence[float]) -> list[float]:
+        """A value of each tensor for each of its rows."""
+        if self.starts[-1] == len(values):
+            return list(values)
+        return [
+            value
+            for value, start, stop in zip(values, self.starts, self.starts[1:], strict=False)
+            for _ in range(stop - start)
+        ]
+
+
+def host(chunk: Chunk) -> bool:
+    """Whether coefficients may be looked at: on an accelerator that would wait for it."""
+    return chunk.pieces[0].device.type == "cpu"
+
+
+class Plan:
+    """Which tensors are stepped how, worked out once for all steps with the same tensors in the same memory.
+
+    Attributes:
+        key: what the plan holds for.
+        plain: what takes the base's plain step, and the same as the base takes it.
+        known: entries that the optimizer's state had after the last step with this plan; -1 before the first.
+        whole: rotating tensors that this process holds whole, in runs that share one bounded scratch.
+        sharded: rotating tensors of which this process holds pieces; None where there are none. Those without a
+            gradient are among them: another process may have one.
+
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], buffers: Buffers) -> None:
+        self.key = plan_key(groups)
+        self.known = -1
+        self.plain: list[Item] = []
+        whole: list[Item] = []
+        sharded: list[Item] = []
+        for index, group in enumerate(groups):
+            for parameter in group["params"]:
+                if rotates(parameter, group):
+                    if shard_count(parameter) > 1:
+                        if parameter.requires_grad:
+                            sharded.append((index, parameter))
+                    elif parameter.grad is not None:
+                        whole.append((index, parameter))
+                elif parameter.grad is not None:
+                    self.plain.append((index, parameter))
+
+        def chunk(items: list[Item], memory: Buffers) -> Chunk:
+            return Chunk(items, [groups[index]["leading_dims"] for index, _ in items], memory)
+
+        self.plain_loan = Loan(self.plain, [parameter for _, parameter in self.plain])
+        self.whole = [chunk(run, buffers) for run in _runs(whole)]
+        # Their sums meet in one collective, so their steps are in memory together.
+        self.sharded = chunk(sharded, {}) if sharded else None
+
+
+def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """What a plan depends on: who rotates how, which tensors have gradients, and where they lie in memory."""
+    key: list[Any] = []
+    for group in groups:
+        key += [group["rotate"], group["leading_dims"]]
+        for parameter in group["params"]:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            key += [id(parameter), parameter.grad is None, local.data_ptr(), local.stride(), parameter.requires_grad]
+    return key
+
+
+def rotates(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor has the two dimensions that a layer has, and a direction in each of its leading slices."""
+    if not group["rotate"]:
+        return False
+    shape = original_shape(parameter)
+    return len(shape) >= 2 and shape[group["leading_dims"] :].numel() > 1
+
+
+def _runs(items: list[Item]) -> list[list[Item]]:
+    """Rotating tensors in runs that fit the scratch, by device and dtype."""
+    kinds: dict[Kind, list[Item]] = {}
+    for item in items:
         kinds.setdefault((item[1].device, item[1].dtype), []).append(item)
-    for items in kinds.values():
-        chunk: list[Item] = []
-        size = 0
-        for item in items:
-            elements = local_tensor(item[1]).numel()
-            if chunk and size + elements > _ELEMENTS:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(item)
-            size += elements
-        yield chunk
+    runs: list[list[Item]] = []
+    for alike in kinds.values():
+        room = 0
+        for item in alike:
+            elements = item[1].numel()
+            if elements > room or item is alike[0]:
+                runs.append([])
+                room = _ELEMENTS
+            runs[-1].append(item)
+            room -= elements
+    return runs
 
 
-def stand_ins(parameters: list[Tensor], buffers: Buffers) -> list[Tensor]:
-    """A zeroed tensor in the shape and layout of each parameter, all in the one buffer of their device and dtype."""
-    pieces = [local_tensor(parameter) for parameter in parameters]
-    needed = sum(piece.numel() for piece in pieces)
-    kind = (pieces[0].device, pieces[0].dtype)
-    buffer = buffers.get(kind)
-    if buffer is None or buffer.numel() < needed:
-        buffer = buffers[kind] = torch.empty(needed, dtype=kind[1], device=kind[0])
-    buffer[:needed].zero_()
-    views, start = [], 0
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        part = buffer[start : start + piece.numel()]
-        start += piece.numel()
-        dense = geometry.flat_view(piece) is not None
-        # Same layout as the weights where that has no gaps, so that elements pair up in memory.
-        view = part.as_strided(piece.size(), piece.stride()) if dense else part.view(piece.size())
-        views.append(_like(parameter, view))
-    return views
+def _slices(tensor: Tensor, leading: int) -> Sequence[Tensor]:
+    if leading == 0:
+        return [tensor]
+    slices: list[Tensor] = [tensor]
+    for _ in range(leading):
+        slices = [part for whole in slices for part in whole.unbind(0)]
+    return slices
 
 
-def combine(weights: Tensor, ascent: Tensor, scale: float, factor: float) -> None:
-    """``w ← scale·w + factor·u`` in place, rounded once."""
-    w, u = geometry.flat_view(weights), geometry.flat_view(ascent)
-    if w is None or u is None or weights.stride() != ascent.stride():
-        w, u = weights, ascent
-    if w.dtype in (torch.bfloat16, torch.float16):
-        w.copy_(w.float().mul_(scale).add_(u.float(), alpha=factor))
-    elif w.dim() == 1 and w.device.type == "cpu":
-        # An outer product with a vector of one element: the only in-place kernel that does both in one pass.
-        w.view(1, -1).addr_(torch.ones(1, dtype=w.dtype), u, beta=scale, alpha=factor)
-    else:
-        w.mul_(scale).add_(u, alpha=factor)
+def _held_slices(parameter: Tensor, leading: int) -> list[int]:
+    """Which of a tensor's leading slices this process holds, whole or in part."""
+    shape = original_shape(parameter)[:leading]
+    if leading == 0:
+        return [0]
+    numbers = torch.arange(shape.numel()).view(shape)
+    if isinstance(parameter, DTensor):
+        local, offset = compute_local_shape_and_global_offset(
+            parameter.size(), parameter.device_mesh, parameter.placements
+        )
+        for dim in range(leading):
+            numbers = numbers.narrow(dim, offset[dim] if local[dim] else 0, local[dim])
+    return [int(number) for number in numbers.flatten()]
+
+
+def replicated(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each leading slice, in the distributed form of a parameter.
+
+    Checkpoints of sharded models take whole tensors of one and more dimensions for pieces.
+    """
+    if not isinstance(like, DTensor) or values.dim() == 0:
+        return values
+    return DTensor.from_local(values, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

@@ -3,26 +3,23 @@
 import math
 import numbers
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._base_optimizer import BaseOptimizer, check_direction, resolve_base, run_step
-from pl_layer_rotation._scratch import Buffers, Item, chunks, combine, stand_ins
-from pl_layer_rotation._sharding import local_tensor, shard_count, sum_over_processes
+from pl_layer_rotation._base_optimizer import BaseOptimizer, BorrowedOptimizer, Loan, check_direction, resolve_base
+from pl_layer_rotation._scratch import Buffers, Chunk, Plan, host, plan_key, replicated, rotates
+from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape, sum_over_processes
 
 _ParamGroup = dict[str, Any]
 
-_OWN_OPTIONS = ("rotate", "tangential")
+_OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
 _NORM = "initial_norm"
-# Bases whose fused kernel takes CPU and CUDA tensors.
-_FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class Layca(Optimizer):
@@ -101,67 +98,79 @@ class Layca(Optimizer):
         lr: float | Tensor = 3**-3,
         base: BaseOptimizer = torch.optim.SGD,
         *,
+        plain_base: BaseOptimizer | None = None,
         rotate: bool = True,
         tangential: bool = True,
+        leading_dims: int = 0,
         **base_options: Any,
     ) -> None:
         _check_lr(lr)
         make_base = resolve_base(base, base_options)
+        make_plain = make_base if plain_base is None else resolve_base(plain_base, {}, "plain_base")
         if isinstance(params, (Tensor, set)):
             make_base(params)  # raises or warns as torch does
+        own = {"rotate": rotate, "tangential": tangential, "leading_dims": leading_dims}
         groups = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         for group in groups:
             members = group["params"]
             group["params"] = members if isinstance(members, (Tensor, set)) else list(members)
-            if group.get("rotate", rotate):
+            group.update({key: value for key, value in own.items() if key not in group})
+            _check_leading_dims(group)
+            if group["rotate"]:
                 _check_weight_decay({**base_options, **group})
-        rotating = next((group for group in groups if group.get("rotate", rotate)), None)
+        rotating = next((group for group in groups if group["rotate"]), None)
         if rotating is not None:
             check_direction(make_base, _options_of_base(rotating))
-        # The base checks its own options and supplies their defaults; then it is emptied and borrows groups and state
-        # for the length of each step.
-        self._base = make_base([{**_options_of_base(group), "params": group["params"]} for group in groups])
-        defaults = {**self._base.defaults, "lr": lr, "rotate": rotate, "tangential": tangential}
+        # The bases check their own options and supply their defaults; then they are emptied.
+        if plain_base is None:
+            made = make_base([{**_options_of_base(group), "params": group["params"]} for group in groups])
+            options = made.param_groups
+            self._base = self._plain_base = BorrowedOptimizer(made, _NORM)
+        else:
+            made, made_plain, options = _make_two(make_base, make_plain, groups)
+            self._base, self._plain_base = BorrowedOptimizer(made, _NORM), BorrowedOptimizer(made_plain, _NORM)
+        defaults = {**self._base.optimizer.defaults, "lr": lr, **own}
         filled = [
-            {
-                **own,
-                "rotate": rotate,
-                "tangential": tangential,
-                "lr": lr,
-                **{k: v for k, v in g.items() if k != "params"},
-            }
-            for own, g in zip(self._base.param_groups, groups, strict=True)
+            {**filled_in, "lr": lr, **{key: value for key, value in group.items() if key != "params"}}
+            for filled_in, group in zip(options, groups, strict=True)
         ]
         for group in filled:
             if group["rotate"] and "weight_decay" in group:
                 group["weight_decay"] = 0.0
         self._scratch: Buffers = {}
+        self._plan: Plan | None = None
+        self._told_resolution = False
         super().__init__(filled, defaults)
-        # Some bases make their state at construction (Adagrad). A tensor gets it at its first step: earlier, its entry
-        # would tell torch's distributed checkpoints that ours is there too.
-        self._early_state: dict[Tensor, dict[str, Any]] = dict(self._base.state)
-        self._base.param_groups, self._base.state = [], defaultdict(dict)
 
     @property
     def base_class(self) -> type[Optimizer]:
         """Class of the base optimizer."""
-        return type(self._base)
+        return type(self._base.optimizer)
+
+    @property
+    def plain_base_class(self) -> type[Optimizer]:
+        """Class of the optimizer that steps what does not rotate; the base's own without ``plain_base``."""
+        return type(self._plain_base.optimizer)
 
     def add_param_group(self, param_group: _ParamGroup) -> None:
         """Add a group; options that it lacks take the defaults given at construction.
 
         Raises:
-            ValueError: As torch's optimizers, and for a bad lr or weight decay in a rotating group.
+            ValueError: As torch's optimizers, and for a bad lr, leading_dims or weight decay in a rotating group.
 
         """
         if isinstance(param_group, dict):
             _check_lr(param_group.get("lr", 0.0))
+            _check_leading_dims({**self.defaults, **param_group})
             if param_group.get("rotate", self.defaults["rotate"]):
                 _check_weight_decay(param_group)
                 if "weight_decay" in self.defaults:
                     param_group["weight_decay"] = 0.0
+            else:
+                for key, value in _options_of_base(self._plain_base.optimizer.defaults).items():
+                    param_group.setdefault(key, value)
         super().add_param_group(param_group)
         if any("name" in group for group in self.param_groups[:-1]):
             # Callbacks that unfreeze layers add groups without a name; loggers tell named ones apart.
@@ -190,22 +199,27 @@ class Layca(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rotating: list[Item] = []
-        plain: list[Item] = []
-        for index, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    (rotating if _rotates(parameter, group) else plain).append((index, parameter))
-        new_norms = self._new_norms(rotating, plain)
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        # Tensors keep their memory from step to step; what follows from that alone is worked out once.
+        if self._plan is None or self._plan.key != plan_key(self.param_groups):
+            self._plan = Plan(self.param_groups, self._scratch)
+            self._check_pieces()
+        plan = self._plan
+        norms = self._new_norms(plan) if len(self.state) != plan.known else {}
+        plain_options = [_options_of_base(group) | {"lr": group["lr"]} for group in self.param_groups]
+        options = [{**group, "lr": 1.0} for group in plain_options]
         changed: dict[int, _ParamGroup] = {}
-        if plain:
-            changed.update(self._step_base(plain, [parameter for _, parameter in plain], options, new_norms))
-        options = [{**group, "lr": 1.0} for group in options]
-        for chunk in chunks(rotating):
-            views = stand_ins([parameter for _, parameter in chunk], self._scratch)
-            changed.update(self._step_base(chunk, views, options, new_norms))
-            self._turn(chunk, views)
+        if plan.sharded is not None:
+            changed.update(self._step_sharded(plan.sharded, options))
+        for chunk in plan.whole:
+            chunk.zero()
+            edited, initial = self._base.step(chunk.loan, options, self.state, norms)
+            self._turn(chunk, self._sums(chunk), self._rows(chunk, initial))
+            changed.update(edited)
+        if plan.plain:
+            if self._plain_base is not self._base:
+                plain_options = [self._plain_options(group) for group in self.param_groups]
+            changed.update(self._plain_base.step(plan.plain_loan, plain_options, self.state, norms)[0])
+        plan.known = len(self.state)
         for index, group in changed.items():
             self.param_groups[index].update(group)
         return loss
@@ -220,17 +234,19 @@ class Layca(Optimizer):
             ValueError: As torch's optimizers, and if the state comes from another base.
 
         """
-        wanted = [k for k, v in self._base.defaults.items() if v is not None and not isinstance(v, bool)]
-        for saved in state_dict["param_groups"]:
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            base = (self._base if group["rotate"] else self._plain_base).optimizer
+            wanted = [k for k, v in base.defaults.items() if v is not None and not isinstance(v, bool)]
             missing = [key for key in wanted if key not in saved]
             if missing:
                 raise ValueError(
-                    f"`state_dict` must come from Layca over {self.base_class.__name__}, got groups without "
+                    f"`state_dict` must come from Layca over {type(base).__name__}, got groups without "
                     f"{', '.join(missing)}. Make the optimizer with the base that was saved."
                 )
         ours = [{key: g[key] for key in ("name", "lr", *_OWN_OPTIONS) if key in g} for g in self.param_groups]
         plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
+        self._plan = None
         for group, own, is_plain in zip(self.param_groups, ours, plain, strict=True):
             if is_plain:
                 group.update(own)
@@ -252,50 +268,68 @@ class Layca(Optimizer):
         # torch keeps three fields only; a copy without its base could not step.
         return {
             **super().__getstate__(),
-            "_base": (type(self._base), vars(self._base)),
-            "_early_state": self._early_state,
+            **{name: getattr(self, name) for name in ("_base", "_plain_base", "_told_resolution")},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_base" in state:
-            kind, attributes = state["_base"]
-            base = object.__new__(kind)
-            vars(base).update(attributes)
-            state = {**state, "_base": base, "_scratch": {}}
         super().__setstate__(state)
+        # torch calls this with groups and state alone when it loads a checkpoint.
+        self._scratch, self._plan = {}, None
         for group in self.param_groups:
             for option in _OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
 
-    def _new_norms(self, rotating: list[Item], plain: list[Item]) -> dict[Tensor, Tensor]:
-        """Norms of the tensors that step for the first time.
-
-        Plain tensors get one too: checkpoints of sharded models need an entry for every stepped parameter.
-        """
-        new = [parameter for _, parameter in [*rotating, *plain] if _NORM not in self.state.get(parameter, ())]
-        if not new:
-            return {}
-        flattened = [parameter for parameter in new if getattr(parameter, "_fsdp_flattened", False)]
+    def _check_pieces(self) -> None:
+        """Raise for tensors of which nobody knows what they are pieces of."""
+        groups = self.param_groups
+        stepped = [p for group in groups if group["rotate"] for p in group["params"] if p.grad is not None]
+        flattened = [parameter for parameter in stepped if is_unknown_piece(parameter)]
         if flattened:
             raise RuntimeError(
                 f"`params` must keep their shape, got {', '.join(map(self._describe, flattened[:3]))}, flattened by "
                 "FSDP1: a layer cannot be told from a bias. Use ModelParallelStrategy with `fully_shard` (FSDP2)."
             )
-        pieces = [local_tensor(parameter) for parameter in new]
-        squares = torch.stack([geometry.step_sums(piece, piece, exact=True)[2].cpu().double() for piece in pieces])
-        norms = sum_over_processes(squares[:, None], list(map(shard_count, new)), pieces[0].device)[:, 0].sqrt()
-        turning = {parameter for _, parameter in rotating}
-        zeros = [p for p, norm in zip(new, norms.tolist(), strict=True) if norm == 0 and p in turning]
+
+        cut = [
+            parameter
+            for group in groups
+            if group["rotate"] and group["leading_dims"]
+            for parameter in group["params"]
+            if original_shape(parameter) != parameter.shape
+        ]
+        if cut:
+            raise RuntimeError(
+                f"`leading_dims` must be 0 where FSDP1 cuts layers, got {', '.join(map(self._describe, cut[:3]))}. "
+                "Use ModelParallelStrategy with `fully_shard` (FSDP2)."
+            )
+
+    def _new_norms(self, plan: Plan) -> dict[Tensor, Tensor]:
+        """Norms of the whole tensors that step for the first time.
+
+        Plain tensors get a 0: checkpoints of sharded models need an entry for every stepped parameter.
+        """
+        norms = {p: _zero_norm(p) for _, p in plan.plain if _NORM not in self.state.get(p, ())}
+        zeros = []
+        for chunk in plan.whole:
+            for position, (_, parameter) in enumerate(chunk.items):
+                if _NORM in self.state.get(parameter, ()):
+                    continue
+                layers = chunk.layers[chunk.starts[position] : chunk.starts[position + 1]]
+                squares = [geometry.step_sums(layer.weights, layer.weights, exact=True)[2] for layer in layers]
+                norm = torch.stack(squares).sqrt().view(chunk.leading_shapes[position]).to(_norm_dtype(parameter))
+                norms[parameter] = norm
+                if not norm.all():
+                    zeros.append(parameter)
+        self._check_zeros(zeros)
+        return norms
+
+    def _check_zeros(self, zeros: list[Tensor]) -> None:
         if zeros:
             raise RuntimeError(
                 f"`params` with `rotate=True` must not be all zeros, got {', '.join(map(self._describe, zeros))}: "
                 "a layer of zeros has no direction to turn. Put it into a group with `rotate=False`, as "
                 "`layca_optimizers` does, or initialize it."
             )
-        return {
-            parameter: norm.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32).to_real())
-            for parameter, norm in zip(new, norms, strict=True)
-        }
 
     def _describe(self, parameter: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
@@ -306,107 +340,148 @@ class Layca(Optimizer):
                     return f"parameter {position} of group {group.get('name', index)!r} {tuple(parameter.shape)}"
         raise AssertionError("a stepped parameter stands in a group")
 
-    def _step_base(
-        self,
-        items: list[Item],
-        lent: list[Tensor],
-        options: list[_ParamGroup],
-        new_norms: Mapping[Tensor, Tensor],
-    ) -> dict[int, _ParamGroup]:
-        """Let the base step the lent tensors with the gradients and the state of the real parameters.
+    def _plain_options(self, group: _ParamGroup) -> _ParamGroup:
+        """Options of a plain step; one-dimensional tensors in a rotating group take ``plain_base``'s defaults."""
+        own = self._plain_base.optimizer.defaults if group["rotate"] else group
+        return _options_of_base(own) | {"lr": group["lr"]}
 
-        The base never sees ``initial_norm``: an entry in a tensor's state tells a base that its own are there.
+    def _step_sharded(self, chunk: Chunk, options: list[_ParamGroup]) -> dict[int, _ParamGroup]:
+        """Step the tensors of which this process holds pieces: one collective for all of them.
 
-        Returns:
-            The group options, by index, that the base changed (some count steps there).
-
+        Every process takes part, also one without a gradient: its pieces keep their share of the layer's norm.
         """
-        base = self._base
-        groups: dict[int, _ParamGroup] = {}
-        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        for (index, parameter), stand_in in zip(items, lent, strict=True):
-            if index not in groups:
-                groups[index] = {**options[index], "params": []}
-            groups[index]["params"].append(stand_in)
-            stand_in.grad = parameter.grad
-            entry = self.state[parameter] if parameter in self.state else self._early_state.pop(parameter, {})
-            known = {key: value for key, value in entry.items() if key != _NORM}
-            if known:
-                state[stand_in] = known
-        for group in groups.values():
-            if self._can_fuse(group, state):
-                group["fused"] = True
-        base.param_groups, base.state = list(groups.values()), state
-        try:
-            run_step(base)
-        finally:
-            base.param_groups, base.state = [], defaultdict(dict)
-            for (_, parameter), stand_in in zip(items, lent, strict=True):
-                if stand_in is not parameter:
-                    stand_in.grad = None
-        for (_, parameter), stand_in in zip(items, lent, strict=True):
-            norm = new_norms[parameter] if parameter in new_norms else self.state[parameter][_NORM]
-            self.state[parameter] = {**state.get(stand_in, {}), _NORM: norm}
-        kept = {"params", "lr", "fused"}
-        return {index: {k: v for k, v in group.items() if k not in kept} for index, group in groups.items()}
+        chunk.zero()
+        stepped = [position for position, (_, parameter) in enumerate(chunk.items) if parameter.grad is not None]
+        loan = Loan([chunk.items[position] for position in stepped], [chunk.lent[position] for position in stepped])
+        new = [parameter for parameter in loan.parameters if _NORM not in self.state.get(parameter, ())]
+        changed = self._base.step(loan, options, self.state, {p: _zero_norm(p) for p in new})[0] if stepped else {}
+        device = chunk.pieces[0].device
+        if host(chunk):
+            rows = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers]
+        else:
+            rows = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]
+        sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
+        if rows:
+            sums[torch.tensor(chunk.rows, device=device)] = torch.stack(rows)
+        sums = sum_over_processes(sums, chunk.counts, device)
+        self._start(chunk, new, sums[:, 2].sqrt())
+        # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
+        kept = [self.state[p][_NORM] if p in self.state else None for _, p in chunk.items]
+        starts = zip(chunk.starts, chunk.starts[1:], strict=False)
+        norms = [
+            sums[start:stop, 2].sqrt() if norm is None else norm
+            for norm, (start, stop) in zip(kept, starts, strict=True)
+        ]
+        self._turn(chunk, sums, self._rows(chunk, norms))
+        return changed
 
-    def _can_fuse(self, group: _ParamGroup, state: Mapping[Tensor, Any]) -> bool:
-        """Whether the base's fused kernel, the fastest, can do this step and the user left the choice open."""
-        members = group["params"]
-        return (
-            group.get("fused", True) is None
-            and group.get("foreach") is None
-            and not group.get("capturable", False)
-            and all(
-                # Fused SGD knows no sharding strategy.
-                not isinstance(p, DTensor)
-                and p.is_floating_point()
-                and p.device.type in _FUSED_DEVICES
-                and p.grad.layout == torch.strided
-                # Fused kernels on the CPU pair elements by their place in memory.
-                and p.grad.stride() == p.stride()
-                for p in members
-            )
-            # Fused kernels cannot start the state of some tensors while they go on with that of others.
-            and len({p in state for p in members}) == 1
-        )
+    def _start(self, chunk: Chunk, new: list[Tensor], norms: Tensor) -> None:
+        """Remember the norms of the tensors that step for the first time; refuse zeros before anything moves."""
+        zeros = []
+        for parameter in new:
+            position = chunk.position(parameter)
+            start, stop = chunk.starts[position : position + 2]
+            norm = norms[start:stop].view(chunk.leading_shapes[position]).to(_norm_dtype(parameter), copy=True)
+            self.state[parameter][_NORM] = replicated(norm, parameter)
+            if not norm.all():
+                zeros.append(parameter)
+        self._check_zeros(zeros)
 
-    def _turn(self, chunk: list[Item], lent: list[Tensor]) -> None:
-        """``w ← a·w - b·s`` for each layer; the lent tensors hold ``-s``."""
-        weights = [local_tensor(parameter) for _, parameter in chunk]
-        ascents = [local_tensor(stand_in) for stand_in in lent]
-        counts = [shard_count(parameter) for _, parameter in chunk]
-        whole = torch.tensor([count == 1 for count in counts])
-        device = weights[0].device
-        rows = [geometry.step_sums(u, w, exact=count > 1) for u, w, count in zip(ascents, weights, counts, strict=True)]
-        sums = sum_over_processes(torch.stack(rows).cpu().double(), counts, device)
-        tangent = torch.full((len(chunk),), math.nan, dtype=torch.float64)
-        for i in (geometry.needs_exact_sums(sums) & whole).nonzero().flatten().tolist():
-            sums[i] = geometry.step_sums(ascents[i], weights[i], exact=True).cpu()
-            along, _, square = sums[i].tolist()
-            if square > 0:
-                tangent[i] = geometry.tangential_square(ascents[i], weights[i], along, square)
+    def _sums(self, chunk: Chunk) -> Tensor:
+        """``(u·w, u·u, w·w)`` of the layers of a chunk that is whole here."""
+        if host(chunk):
+            return torch.tensor([layer.sums() for layer in chunk.layers], dtype=torch.float64)
+        return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
+
+    def _turn(self, chunk: Chunk, sums: Tensor, initial_norms: Tensor) -> None:
+        """``w ← a·w - b·s`` for each layer; the stand-ins hold ``-s``."""
+        groups = [self.param_groups[index] for index, _ in chunk.items]
+        on_host = host(chunk)
+        tangent = self._measure_again(chunk, sums) if on_host and chunk.is_whole else None
         sums[:, 0].neg_()
-        groups = [self.param_groups[index] for index, _ in chunk]
+        tangential = chunk.per_row([group["tangential"] for group in groups])
         a, b = geometry.layca_coefficients(
             sums,
-            torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64),
-            torch.stack([self.state[parameter][_NORM] for _, parameter in chunk]).cpu().double(),
-            torch.tensor([bool(group["tangential"]) for group in groups]),
+            _vector(chunk.per_row([group["lr"] for group in groups]), sums),
+            initial_norms.to(sums.dtype),
+            None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
             tangent,
+            fp32_products=not on_host,
         )
-        for w, u, scale, factor in zip(weights, ascents, a.tolist(), b.tolist(), strict=True):
-            if (scale, factor) != (1.0, 0.0):
-                combine(w, u, scale, factor)
+        if on_host:
+            scales, factors = a.tolist(), b.tolist()
+            for row, layer in zip(chunk.rows, chunk.layers, strict=True):
+                if scales[row] != 1.0 or factors[row] != 0.0:
+                    layer.turn(scales[row], factors[row])
+        else:
+            for row, layer in zip(chunk.rows, chunk.layers, strict=True):
+                layer.turn_on_device(a[row], b[row])
+
+    @staticmethod
+    def _rows(chunk: Chunk, norms: list[Tensor]) -> Tensor:
+        """The initial norms of all layers of a chunk, ``(rows,)``."""
+        if chunk.starts[-1] == len(norms) and chunk.is_whole:
+            return torch.stack(norms)  # the usual case in one call
+        return torch.cat([local_tensor(norm).view(-1) for norm in norms])
+
+    @staticmethod
+    def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
+        """Take doubtful sums again in float64, and the tangential part of nearly radial steps from the step itself."""
+        doubtful = geometry.needs_exact_sums(sums)
+        if not doubtful.any():
+            return None
+        tangent = torch.full((len(sums),), math.nan, dtype=torch.float64)
+        for row in doubtful.nonzero().flatten().tolist():
+            layer = chunk.layers[row]
+            sums[row] = geometry.step_sums(layer.ascent, layer.weights, exact=True)
+            along, _, square = sums[row].tolist()
+            if square > 0:
+                tangent[row] = geometry.tangential_square(layer.ascent, layer.weights, along, square)
+        return tangent
 
 
 def _options_of_base(group: _ParamGroup) -> _ParamGroup:
     return {key: value for key, value in group.items() if key not in ("params", "lr", *_OWN_OPTIONS)}
 
 
-def _rotates(parameter: Tensor, group: _ParamGroup) -> bool:
-    # A single number has no direction: it takes the plain step.
-    return bool(group["rotate"]) and parameter.dim() >= 2 and parameter.numel() > 1
+def _make_two(
+    make_base: Callable[[Any], Optimizer], make_plain: Callable[[Any], Optimizer], groups: list[_ParamGroup]
+) -> tuple[Optimizer, Optimizer, list[_ParamGroup]]:
+    """Both bases, each made on its own tensors alone (Muon refuses others), and the filled-in options of each group."""
+    parts: tuple[list[_ParamGroup], list[_ParamGroup]] = ([], [])
+    for group in groups:
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        turning = [bool(group["rotate"]) if is_lazy(tensor) else rotates(tensor, group) for tensor in tensors]
+        for part, wanted in zip(parts, (True, False), strict=True):
+            members = [entry for entry, turns in zip(group["params"], turning, strict=True) if turns is wanted]
+            # The options of a group are those of the optimizer that its kind of tensor goes to.
+            own = _options_of_base(group) if group["rotate"] is wanted else {}
+            part.append({**own, "params": members})
+    made = []
+    filled: list[_ParamGroup] = [{}] * len(groups)
+    for make, part, wanted, shape in zip((make_base, make_plain), parts, (True, False), ((2, 2), (1,)), strict=True):
+        # Some refuse an empty group, so groups without tensors of this kind get one of their own.
+        optimizer = make([{**group, "params": group["params"] or [nn.Parameter(torch.zeros(shape))]} for group in part])
+        for index, (group, options) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+            if group["rotate"] is wanted:
+                filled[index] = {**options, "params": group["params"]}
+        made.append(optimizer)
+    return made[0], made[1], filled
+
+
+def _zero_norm(parameter: Tensor) -> Tensor:
+    return torch.zeros((), dtype=_norm_dtype(parameter), device=local_tensor(parameter).device)
+
+
+def _norm_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32).to_real()
+
+
+def _vector(values: list[Any], like: Tensor) -> Tensor:
+    """One number a row, on a device without waiting for it."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value).to(like, non_blocking=True).view(()) for value in values])
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _check_lr(lr: float | Tensor) -> None:
@@ -414,6 +489,22 @@ def _check_lr(lr: float | Tensor) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not isinstance(lr, (numbers.Real, Tensor)) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"`lr` must be a finite number of at least 0, got {lr!r}. Try 3**-3, an angle of 2.1 degrees.")
+
+
+def _check_leading_dims(group: Mapping[str, Any]) -> None:
+    leading = group["leading_dims"]
+    if not isinstance(leading, int) or leading < 0:
+        raise ValueError(
+            f"`leading_dims` must be an integer of at least 0, got {leading!r}. "
+            "Pass 1 for stacked experts (E, out, in) or a fused projection (3, out, in)."
+        )
+    for entry in group["params"] if isinstance(group["params"], list) else ():
+        tensor = entry[1] if isinstance(entry, tuple) else entry
+        if leading and isinstance(tensor, Tensor) and not is_lazy(tensor) and tensor.dim() <= leading:
+            raise ValueError(
+                f"`leading_dims` must be below the dimensions of every tensor of its group, got {leading} for a tensor "
+                f"of shape {tuple(tensor.shape)}. Put other tensors into a group with `leading_dims=0`."
+            )
 
 
 def _check_weight_decay(group: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pl_layer_rotation._sharding import flattened_parameters, is_unknown_piece, original_shape
+
 _NORM_TYPES: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDING_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
 # What torch.compile, FSDP, activation checkpointing and Fabric put between a module and its own name.
@@ -92,7 +94,10 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
     owners: dict[int, list[nn.Module]] = {}
     taken: set[str] = set()
     for path, owner, parameter_name, parameter in _parameters(module):
-        if is_lazy(parameter) or parameter.dim() < 2 or parameter.layout != torch.strided:
+        if is_lazy(parameter) or parameter.layout != torch.strided:
+            continue
+        _check_flattened(module, parameter, ".".join([*path, parameter_name]))
+        if len(original_shape(parameter)) < 2:
             continue
         if not (parameter.is_floating_point() or parameter.is_complex()):
             continue
@@ -117,6 +122,7 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
 def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, Tensor]]:
     """(path without wrappers, owner, name in the owner, parameter) in registration order, tied ones each time."""
     modules = dict(module.named_modules(remove_duplicate=False))
+    flattened = flattened_parameters(module)
     for full_path, owner in modules.items():
         parts = full_path.split(".") if full_path else []
         parents = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
@@ -128,16 +134,32 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
         if isinstance(owner, ParametrizationList):
             # `fc.parametrizations.weight` holds the originals of `fc.weight`: the owner is `fc`.
             gain = "original0" if any(type(p).__name__ == "_WeightNorm" for p in owner) else None
-            for name, parameter in owner.named_parameters(recurse=False):
+            for name, parameter in {**dict(owner.named_parameters(recurse=False)), **flattened.get(owner, {})}.items():
                 if name != gain:
                     original = path[-1] if name in ("original", "original1") else f"{path[-1]}.{name}"
                     yield path[:-1], parents[-2], original, parameter
             continue
         renamed, gains = _originals(owner)
         own: dict[str, nn.Parameter] = dict(owner.named_parameters(recurse=False, remove_duplicate=False))
+        own.update(flattened.get(owner, {}))
         for own_name, own_parameter in own.items():
             if own_name not in gains:
                 yield path, owner, renamed.get(own_name, own_name), own_parameter
+
+
+def _check_flattened(module: nn.Module, parameter: Tensor, name: str) -> None:
+    if getattr(parameter, "_is_flat_param", False):
+        raise MisconfigurationException(
+            f"`module` must keep its parameters apart, got {type(module).__name__} with {name!r}, into which FSDP "
+            "melted them. Use `FSDPStrategy(use_orig_params=True)`, Lightning's default, or ModelParallelStrategy with "
+            "`fully_shard` (FSDP2)."
+        )
+    if is_unknown_piece(parameter):
+        raise MisconfigurationException(
+            f"`module` must hold the FSDP wrapper that knows the shapes of its weights, got {type(module).__name__} "
+            f"with {name!r}, a piece of a parameter. Pass the whole LightningModule (`select_layers(self)`); its parts "
+            "are known from then on."
+        )
 
 
 def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:

@@ -21,16 +21,17 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 ANY = set(SOURCES)
 REPORT = {"history", *(name for name in SOURCES if name.startswith("report/"))}
 MAY_IMPORT: dict[str, set[str]] = {
-    "layer_selection": set(),
+    "layer_selection": {"_sharding"},
     "_geometry": set(),
     "_sharding": set(),
     "_base_optimizer": set(),
     "learning_rate": set(),
     "metric": {"layer_selection", "_geometry", "_sharding"},
-    "param_groups": {"layer_selection"},
-    "_scratch": {"_geometry", "_sharding"},
+    "param_groups": {"layer_selection", "_sharding"},
+    "_scratch": {"_geometry", "_sharding", "_base_optimizer"},
     "layca": {"layer_selection", "_geometry", "_sharding", "_base_optimizer", "_scratch"},
-    "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer"},
+    "_schedules": set(),
+    "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
     "_lightning": {"layca"},
     "history": set(),
     **dict.fromkeys(REPORT - {"history"}, REPORT),

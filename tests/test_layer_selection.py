@@ -66,6 +66,7 @@ WRAPPINGS: dict[str, Callable[[nn.ModuleDict], nn.Module]] = {
 }
 
 
+@pytest.mark.contract("H12")
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
 def test_wrapping_changes_neither_names_nor_order_nor_tensors(wrap: Callable[[nn.ModuleDict], nn.Module]) -> None:
@@ -76,6 +77,7 @@ def test_wrapping_changes_neither_names_nor_order_nor_tensors(wrap: Callable[[nn
     assert all(after[name] is before[name] for name in NAMES)
 
 
+@pytest.mark.contract("H12")
 @pytest.mark.usefixtures("single_process_group")
 def test_sharding_keeps_names_order_and_whole_shapes() -> None:
     module, mesh = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.Linear(4, 4))), init_device_mesh("cpu", (1,))
@@ -85,6 +87,7 @@ def test_sharding_keeps_names_order_and_whole_shapes() -> None:
     assert list(shapes(module).items()) == list(before.items())
 
 
+@pytest.mark.contract("H12")
 def test_a_deep_copy_has_the_same_names_and_tensors_of_its_own() -> None:
     module = network()
     before, after = select_layers(module), select_layers(copy.deepcopy(module))
@@ -147,11 +150,13 @@ NO_LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.contract("H11")
 @pytest.mark.parametrize("make", NO_LAYERS.values(), ids=NO_LAYERS)
 def test_is_no_layer(make: Callable[[], nn.Module]) -> None:
     assert select_layers(make()) == {}
 
 
+@pytest.mark.contract("H11")
 def test_subclass_of_rms_norm_is_no_layer() -> None:
     assert select_layers(Gain([4, 4])) == {}
 
@@ -206,6 +211,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = 
 }
 
 
+@pytest.mark.contract("H10", "H11")
 @pytest.mark.parametrize(("make", "expected"), LAYERS.values(), ids=LAYERS)
 def test_layers_have_stable_names_and_their_shapes(
     make: Callable[[], nn.Module], expected: dict[str, tuple[int, ...]]
@@ -250,15 +256,18 @@ def language_model() -> nn.ModuleDict:
     return module
 
 
+@pytest.mark.contract("H10")
 def test_a_head_tied_to_an_embedding_is_no_layer_whichever_comes_first() -> None:
     assert names(language_model()) == ["body"]
 
 
+@pytest.mark.contract("H10")
 def test_a_tied_embedding_can_be_asked_for_under_its_first_name() -> None:
     assert names(language_model(), include=["*", "Embedding"]) == ["head", "body"]
     assert names(language_model(), include=["head"]) == ["head"]
 
 
+@pytest.mark.contract("H10")
 def test_tied_layers_count_once_under_the_first_name() -> None:
     module = nn.ModuleDict({"encoder": nn.Linear(3, 3), "decoder": nn.Linear(3, 3)})
     module["decoder"].weight = module["encoder"].weight
@@ -292,6 +301,7 @@ REWRITTEN: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.contract("H9")
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
 @pytest.mark.parametrize("rewrite", REWRITTEN.values(), ids=REWRITTEN)
 @pytest.mark.parametrize("name", ["block.fc", "head"])
@@ -305,6 +315,7 @@ def test_a_rewritten_weight_is_one_layer_with_its_name_and_shape(
     assert select_layers(module)[name].requires_grad
 
 
+@pytest.mark.contract("H9")
 @pytest.mark.parametrize("rewrite", [parametrizations.weight_norm, old_weight_norm], ids=["new", "older"])
 def test_the_gain_of_weight_norm_is_no_layer_even_where_it_is_all_there_is_to_include(
     rewrite: Callable[[nn.Module], nn.Module],
@@ -393,6 +404,7 @@ def test_an_include_pattern_brings_embeddings_in() -> None:
     assert names(module, include="tokens") == ["tokens"]
 
 
+@pytest.mark.contract("H8")
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_an_error_with_similar_names(argument: str) -> None:
     text = (
@@ -451,6 +463,7 @@ def test_hostile_names_stay_as_they_are(name: str) -> None:
     assert names(module) == [name, "other"]
 
 
+@pytest.mark.contract("H8")
 def test_a_literal_bracket_is_written_as_a_set_of_one() -> None:
     module = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2)})
     assert names(module, include="a[0]") == ["a0"]
