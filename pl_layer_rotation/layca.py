@@ -409,10 +409,15 @@ class Layca(Optimizer):
             fp32_products=not on_host,
         )
         if on_host:
+            if chunk.pieces[0].dtype == torch.float32:
+                # As the kernel will round them: what it makes of w·w is then known, and does not drift over the steps.
+                a, b = a.float().double(), b.float().double()
+            squares = (a.square() * sums[:, 2] - 2 * a * b * sums[:, 0] + b.square() * sums[:, 1]).tolist()
             scales, factors = a.tolist(), b.tolist()
             for row, layer in zip(chunk.rows, chunk.layers, strict=True):
                 if scales[row] != 1.0 or factors[row] != 0.0:
                     layer.turn(scales[row], factors[row])
+                    layer.remember(squares[row])
         else:
             for row, layer in zip(chunk.rows, chunk.layers, strict=True):
                 layer.turn_on_device(a[row], b[row])
