@@ -170,9 +170,9 @@ def layca_coefficients(
         grown = torch.where(tangential, grown, weight_square - 2 * q * along + q.square() * step_square)
         ratio = ratio * tangential
     k = initial_norm / grown.sqrt()
-    # Also where the step is zero: 0 <= 0. A NaN compares as False and stays.
-    moves = (used <= (_RADIAL_DEVICE_STEP if fp32_products else _RADIAL_STEP) * step_square).logical_or_(lr == 0)
-    moves = moves.logical_not_()
+    # A NaN compares as False and stays.
+    still = used <= (_RADIAL_DEVICE_STEP if fp32_products else _RADIAL_STEP) * step_square
+    moves = still.logical_or_(lr == 0).logical_or_(step_square == 0).logical_not_()
     return torch.where(moves, k * (1 + q * ratio), 1.0), torch.where(moves, k * q, 0.0)
 
 

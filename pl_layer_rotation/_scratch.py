@@ -189,17 +189,13 @@ class Chunk:
         ]
 
 
-def host(chunk: Chunk) -> bool:
-    """Whether coefficients may be looked at: on an accelerator that would wait for it."""
-    return chunk.pieces[0].device.type == "cpu"
-
-
 class Plan:
     """Which tensors are stepped how, worked out once for all steps with the same tensors in the same memory.
 
     Attributes:
         key: what the plan holds for.
         plain: what takes the base's plain step, and the same as the base takes it.
+        rotating: both kinds of rotating tensors.
         known: entries that the optimizer's state had after the last step with this plan; -1 before the first.
         whole: rotating tensors that this process holds whole, in runs that share one bounded scratch.
         sharded: rotating tensors of which this process holds pieces; None where there are none. Those without a
@@ -231,6 +227,7 @@ class Plan:
         self.whole = [chunk(run, buffers) for run in _runs(whole)]
         # Their sums meet in one collective, so their steps are in memory together.
         self.sharded = chunk(sharded, {}) if sharded else None
+        self.rotating = whole + sharded
 
 
 def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:

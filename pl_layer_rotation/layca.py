@@ -1,5 +1,6 @@
 """Layca: any torch optimizer gives the direction, each layer turns towards it by a set angle."""
 
+import itertools
 import math
 import numbers
 import warnings
@@ -13,13 +14,16 @@ from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import BaseOptimizer, BorrowedOptimizer, Loan, check_direction, resolve_base
-from pl_layer_rotation._scratch import Buffers, Chunk, Plan, host, plan_key, replicated, rotates
-from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape, sum_over_processes
+from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated, rotates
+from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
+from pl_layer_rotation._turning import sums_of_sharded_layers, sums_of_whole_layers, turn
 
 _ParamGroup = dict[str, Any]
 
 _OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
 _NORM = "initial_norm"
+# Share of the requested motion that normally distributed bfloat16 weights make, by lr.
+_BF16_SHARES = ((1e-4, 0.06), (3e-4, 0.17), (1e-3, 0.52), (3e-3, 0.93))
 
 
 class Layca(Optimizer):
@@ -203,7 +207,10 @@ class Layca(Optimizer):
         if self._plan is None or self._plan.key != plan_key(self.param_groups):
             self._plan = Plan(self.param_groups, self._scratch)
             self._check_pieces()
+            self._drop_placeholders(self._plan)
         plan = self._plan
+        if not self._told_resolution:
+            self._tell_resolution(plan)
         norms = self._new_norms(plan) if len(self.state) != plan.known else {}
         plain_options = [_options_of_base(group) | {"lr": group["lr"]} for group in self.param_groups]
         options = [{**group, "lr": 1.0} for group in plain_options]
@@ -213,7 +220,7 @@ class Layca(Optimizer):
         for chunk in plan.whole:
             chunk.zero()
             edited, initial = self._base.step(chunk.loan, options, self.state, norms)
-            self._turn(chunk, self._sums(chunk), self._rows(chunk, initial))
+            turn(chunk, sums_of_whole_layers(chunk), initial, [self.param_groups[index] for index, _ in chunk.items])
             changed.update(edited)
         if plan.plain:
             if self._plain_base is not self._base:
@@ -279,6 +286,22 @@ class Layca(Optimizer):
             for option in _OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
 
+    def _tell_resolution(self, plan: Plan) -> None:
+        """Warn once where bfloat16 weights round most of a step away."""
+        indices = {index for index, parameter in plan.rotating if parameter.dtype == torch.bfloat16}
+        rates = [self.param_groups[index]["lr"] for index in indices]
+        # The value of a rate on an accelerator would have to be waited for.
+        small = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
+        small = [rate for rate in small if 0 < rate < _BF16_SHARES[-1][0]]
+        if small:
+            self._told_resolution = True
+            warnings.warn(
+                f"bfloat16 weights move by about {_bf16_share(min(small)):.0%} of a step at lr {min(small):.2g}; "
+                "rounding takes the rest. Use rates of 3e-3 and more, or fp32 weights: "
+                "`Trainer(precision='bf16-mixed')`.",
+                stacklevel=5,
+            )
+
     def _check_pieces(self) -> None:
         """Raise for tensors of which nobody knows what they are pieces of."""
         groups = self.param_groups
@@ -302,6 +325,13 @@ class Layca(Optimizer):
                 f"`leading_dims` must be 0 where FSDP1 cuts layers, got {', '.join(map(self._describe, cut[:3]))}. "
                 "Use ModelParallelStrategy with `fully_shard` (FSDP2)."
             )
+
+    def _drop_placeholders(self, plan: Plan) -> None:
+        """Let tensors that took plain steps before and turn from now on start from today's norm."""
+        for _, parameter in plan.rotating:
+            entry = self.state.get(parameter, {})
+            if _NORM in entry and not local_tensor(entry[_NORM]).any():
+                del entry[_NORM]
 
     def _new_norms(self, plan: Plan) -> dict[Tensor, Tensor]:
         """Norms of the whole tensors that step for the first time.
@@ -355,24 +385,11 @@ class Layca(Optimizer):
         loan = Loan([chunk.items[position] for position in stepped], [chunk.lent[position] for position in stepped])
         new = [parameter for parameter in loan.parameters if _NORM not in self.state.get(parameter, ())]
         changed = self._base.step(loan, options, self.state, {p: _zero_norm(p) for p in new})[0] if stepped else {}
-        device = chunk.pieces[0].device
-        if host(chunk):
-            rows = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers]
-        else:
-            rows = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]
-        sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
-        if rows:
-            sums[torch.tensor(chunk.rows, device=device)] = torch.stack(rows)
-        sums = sum_over_processes(sums, chunk.counts, device)
+        sums = sums_of_sharded_layers(chunk)
         self._start(chunk, new, sums[:, 2].sqrt())
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
-        kept = [self.state[p][_NORM] if p in self.state else None for _, p in chunk.items]
-        starts = zip(chunk.starts, chunk.starts[1:], strict=False)
-        norms = [
-            sums[start:stop, 2].sqrt() if norm is None else norm
-            for norm, (start, stop) in zip(kept, starts, strict=True)
-        ]
-        self._turn(chunk, sums, self._rows(chunk, norms))
+        norms = [self.state[p][_NORM] if p in self.state else None for _, p in chunk.items]
+        turn(chunk, sums, norms, [self.param_groups[index] for index, _ in chunk.items])
         return changed
 
     def _start(self, chunk: Chunk, new: list[Tensor], norms: Tensor) -> None:
@@ -386,63 +403,6 @@ class Layca(Optimizer):
             if not norm.all():
                 zeros.append(parameter)
         self._check_zeros(zeros)
-
-    def _sums(self, chunk: Chunk) -> Tensor:
-        """``(u·w, u·u, w·w)`` of the layers of a chunk that is whole here."""
-        if host(chunk):
-            return torch.tensor([layer.sums() for layer in chunk.layers], dtype=torch.float64)
-        return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
-
-    def _turn(self, chunk: Chunk, sums: Tensor, initial_norms: Tensor) -> None:
-        """``w ← a·w - b·s`` for each layer; the stand-ins hold ``-s``."""
-        groups = [self.param_groups[index] for index, _ in chunk.items]
-        on_host = host(chunk)
-        tangent = self._measure_again(chunk, sums) if on_host and chunk.is_whole else None
-        sums[:, 0].neg_()
-        tangential = chunk.per_row([group["tangential"] for group in groups])
-        a, b = geometry.layca_coefficients(
-            sums,
-            _vector(chunk.per_row([group["lr"] for group in groups]), sums),
-            initial_norms.to(sums.dtype),
-            None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
-            tangent,
-            fp32_products=not on_host,
-        )
-        if on_host:
-            if chunk.pieces[0].dtype == torch.float32:
-                # As the kernel will round them: what it makes of w·w is then known, and does not drift over the steps.
-                a, b = a.float().double(), b.float().double()
-            squares = (a.square() * sums[:, 2] - 2 * a * b * sums[:, 0] + b.square() * sums[:, 1]).tolist()
-            scales, factors = a.tolist(), b.tolist()
-            for row, layer in zip(chunk.rows, chunk.layers, strict=True):
-                if scales[row] != 1.0 or factors[row] != 0.0:
-                    layer.turn(scales[row], factors[row])
-                    layer.remember(squares[row])
-        else:
-            for row, layer in zip(chunk.rows, chunk.layers, strict=True):
-                layer.turn_on_device(a[row], b[row])
-
-    @staticmethod
-    def _rows(chunk: Chunk, norms: list[Tensor]) -> Tensor:
-        """The initial norms of all layers of a chunk, ``(rows,)``."""
-        if chunk.starts[-1] == len(norms) and chunk.is_whole:
-            return torch.stack(norms)  # the usual case in one call
-        return torch.cat([local_tensor(norm).view(-1) for norm in norms])
-
-    @staticmethod
-    def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
-        """Take doubtful sums again in float64, and the tangential part of nearly radial steps from the step itself."""
-        doubtful = geometry.needs_exact_sums(sums)
-        if not doubtful.any():
-            return None
-        tangent = torch.full((len(sums),), math.nan, dtype=torch.float64)
-        for row in doubtful.nonzero().flatten().tolist():
-            layer = chunk.layers[row]
-            sums[row] = geometry.step_sums(layer.ascent, layer.weights, exact=True)
-            along, _, square = sums[row].tolist()
-            if square > 0:
-                tangent[row] = geometry.tangential_square(layer.ascent, layer.weights, along, square)
-        return tangent
 
 
 def _options_of_base(group: _ParamGroup) -> _ParamGroup:
@@ -474,19 +434,20 @@ def _make_two(
     return made[0], made[1], filled
 
 
+def _bf16_share(lr: float) -> float:
+    """The measured share, interpolated over the logarithm of lr; the least measured one below."""
+    for (low, less), (high, more) in itertools.pairwise(_BF16_SHARES):
+        if lr <= high:
+            return less + (more - less) * max(0.0, math.log(lr / low) / math.log(high / low))
+    return _BF16_SHARES[-1][1]
+
+
 def _zero_norm(parameter: Tensor) -> Tensor:
     return torch.zeros((), dtype=_norm_dtype(parameter), device=local_tensor(parameter).device)
 
 
 def _norm_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32).to_real()
-
-
-def _vector(values: list[Any], like: Tensor) -> Tensor:
-    """One number a row, on a device without waiting for it."""
-    if any(isinstance(value, Tensor) for value in values):
-        return torch.stack([torch.as_tensor(value).to(like, non_blocking=True).view(()) for value in values])
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _check_lr(lr: float | Tensor) -> None:

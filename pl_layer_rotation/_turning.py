@@ -1,0 +1,111 @@
+"""From what the base wrote into the scratch to turned weights: sums, coefficients, one pass over the weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pl_layer_rotation import _geometry as geometry
+from pl_layer_rotation._scratch import Chunk
+from pl_layer_rotation._sharding import local_tensor, sum_over_processes
+
+
+def on_host(chunk: Chunk) -> bool:
+    """Whether numbers of the chunk may be looked at: on an accelerator Python would have to wait for them."""
+    return chunk.pieces[0].device.type == "cpu"
+
+
+def sums_of_whole_layers(chunk: Chunk) -> Tensor:
+    """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added."""
+    if on_host(chunk):
+        return torch.tensor([layer.sums() for layer in chunk.layers], dtype=torch.float64)
+    return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
+
+
+def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
+    """The same over all processes, ``(rows, 3)``: one collective, in which every process must take part."""
+    device = chunk.pieces[0].device
+    if on_host(chunk):
+        local = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers]
+    else:
+        local = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]
+    sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
+    if local:
+        rows = torch.tensor(chunk.rows).to(device, non_blocking=True)
+        sums.index_copy_(0, rows, torch.stack(local))
+    return sum_over_processes(sums, chunk.counts, device)
+
+
+def turn(
+    chunk: Chunk, sums: Tensor, initial_norms: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """``w ← a·w - b·s`` for each layer, ``s = -u``.
+
+    Args:
+        chunk: the layers.
+        sums: ``(rows, 3)`` as the functions above give them; changed.
+        initial_norms: the norms of each tensor's layers; None for today's.
+        groups: the param group of each tensor.
+
+    """
+    host = on_host(chunk)
+    tangent = _measure_again(chunk, sums) if host and chunk.is_whole else None
+    sums[:, 0].neg_()
+    tangential = chunk.per_row([group["tangential"] for group in groups])
+    a, b = geometry.layca_coefficients(
+        sums,
+        _vector(chunk.per_row([group["lr"] for group in groups]), sums),
+        _norms(chunk, sums, initial_norms),
+        None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
+        tangent,
+        fp32_products=not host,
+    )
+    if not host:
+        for row, layer in zip(chunk.rows, chunk.layers, strict=True):
+            layer.turn_on_device(a[row], b[row])
+        return
+    if chunk.pieces[0].dtype == torch.float32:
+        # As the kernel will round them: what it makes of w·w is then known, and does not drift over the steps.
+        a, b = a.float().double(), b.float().double()
+    squares = (a.square() * sums[:, 2] - 2 * a * b * sums[:, 0] + b.square() * sums[:, 1]).tolist()
+    scales, factors = a.tolist(), b.tolist()
+    for row, layer in zip(chunk.rows, chunk.layers, strict=True):
+        if scales[row] != 1.0 or factors[row] != 0.0:
+            layer.turn(scales[row], factors[row])
+            layer.remember(squares[row])
+
+
+def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
+    """Take doubtful sums again in float64, and the tangential part of nearly radial steps from the step itself."""
+    doubtful = geometry.needs_exact_sums(sums)
+    if not doubtful.any():
+        return None
+    tangent = torch.full((len(sums),), math.nan, dtype=torch.float64)
+    for row in doubtful.nonzero().flatten().tolist():
+        layer = chunk.layers[row]
+        sums[row] = geometry.step_sums(layer.ascent, layer.weights, exact=True)
+        along, _, square = sums[row].tolist()
+        if square > 0:
+            tangent[row] = geometry.tangential_square(layer.ascent, layer.weights, along, square)
+    return tangent
+
+
+def _norms(chunk: Chunk, sums: Tensor, initial_norms: Sequence[Tensor | None]) -> Tensor:
+    known = [norm for norm in initial_norms if norm is not None]
+    if len(known) == chunk.starts[-1] and chunk.is_whole:
+        return torch.stack(known).to(sums.dtype)  # the usual case in one call
+    return torch.cat(
+        [
+            sums[start:stop, 2].sqrt() if norm is None else local_tensor(norm).to(sums.dtype).view(-1)
+            for norm, start, stop in zip(initial_norms, chunk.starts, chunk.starts[1:], strict=False)
+        ]
+    )
+
+
+def _vector(values: list[Any], like: Tensor) -> Tensor:
+    """One number a row, on a device without waiting for it."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value).to(like, non_blocking=True).view(()) for value in values])
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
