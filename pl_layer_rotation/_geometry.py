@@ -11,6 +11,7 @@ The usual ``1 - w·o / |w||o|`` subtracts two numbers that agree in all digits t
 form subtracts only the radial part of the motion, which ``c = |w| / |o|`` makes vanish.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -31,6 +32,9 @@ _RADIAL_STEP = 1e-12
 _RADIAL_DEVICE_STEP = 1e-6
 # Below this share the tangential part of fp32 sums has lost the digits that an exact angle needs.
 _NEARLY_RADIAL_STEP = 1e-2
+# Share of the requested motion that normally distributed bfloat16 weights make, by lr.
+_BF16_SHARES = ((1e-4, 0.06), (3e-4, 0.17), (1e-3, 0.52), (3e-3, 0.93))
+BF16_LIMIT = _BF16_SHARES[-1][0]
 
 
 def rotation_sums(
@@ -179,6 +183,14 @@ def layca_coefficients(
 def chunks(first: Tensor, second: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Matching pieces of two flat tensors on the CPU, each short enough for a dot product in its own dtype."""
     return list(zip(torch.split(first, _CPU_CHUNK), torch.split(second, _CPU_CHUNK), strict=True))
+
+
+def bf16_share(lr: float) -> float:
+    """The measured share of a step that rounding leaves, interpolated over the logarithm of lr."""
+    for (low, less), (high, more) in itertools.pairwise(_BF16_SHARES):
+        if lr <= high:
+            return less + (more - less) * max(0.0, math.log(lr / low) / math.log(high / low))
+    return _BF16_SHARES[-1][1]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -1,29 +1,30 @@
 """Layca: any torch optimizer gives the direction, each layer turns towards it by a set angle."""
 
-import itertools
-import math
-import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import BaseOptimizer, BorrowedOptimizer, Loan, check_direction, resolve_base
-from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated, rotates
+from pl_layer_rotation._options import (
+    OWN_OPTIONS,
+    ParamGroup,
+    check_leading_dims,
+    check_lr,
+    check_weight_decay,
+    make_two,
+    options_of_base,
+)
+from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated
 from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
 from pl_layer_rotation._turning import sums_of_sharded_layers, sums_of_whole_layers, turn
 
-_ParamGroup = dict[str, Any]
-
-_OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
 _NORM = "initial_norm"
-# Share of the requested motion that normally distributed bfloat16 weights make, by lr.
-_BF16_SHARES = ((1e-4, 0.06), (3e-4, 0.17), (1e-3, 0.52), (3e-3, 0.93))
+_NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
 
 
 class Layca(Optimizer):
@@ -39,16 +40,28 @@ class Layca(Optimizer):
         w \leftarrow w \frac{|w_0|}{|w|}
 
     Tensors with two or more dimensions in groups with ``rotate=True`` rotate. Everything else takes the base's plain
-    step with its group's lr: groups with ``rotate=False``, and one-dimensional tensors (biases, gains) anywhere. Use
-    :func:`~pl_layer_rotation.layca_optimizers` to get such groups from a module, with embeddings, normalizations and
-    layers of zeros on the plain side.
+    step with its group's lr: groups with ``rotate=False``, one-dimensional tensors (biases, gains) and tensors of one
+    element anywhere. Use :func:`~pl_layer_rotation.layca_optimizers` to get such groups from a module, with embeddings,
+    normalizations and layers of zeros on the plain side: here only the number of dimensions tells a layer from other
+    tensors.
 
     - A zero or radial step leaves a layer bitwise as it is. A NaN in the gradient reaches the weights, as with torch's
-      optimizers.
+      optimizers. A complex layer turns as the real vector of its parts.
     - The norm is that at the layer's first step and is kept in the state. Weights that you change by hand later return
       to that norm at the next step.
+    - The scale of the loss has no effect over bases that follow it (SGD), and gradient clipping only changes how much
+      each step weighs in their momentum.
     - Weight decay has no place in a rotating group: the norm is fixed. An explicit value there is an error; a base's
-      default (AdamW's 0.01, or what a function sets) is 0 there.
+      default (AdamW's 0.01, or what a function sets) is 0 there. Plain groups keep it.
+    - A base steps zeros in the place of the weights. One that scales its step by the norm of the weights (LAMB, LARS,
+      Adafactor) loses that scale, which the angle replaces; one that turns its step by the weights is refused.
+    - Weights in bfloat16 cannot follow small angles: at lr 1e-3 rounding leaves half of the motion. The first step
+      below 3e-3 warns.
+    - Shapes are looked at in :meth:`step` only: modules may be lazy or on the meta device before.
+    - Sharded tensors (FSDP2, tensor parallelism, both, and FSDP1 with ``use_orig_params=True``) turn as one: a step
+      takes one collective for all of them, none where each process holds whole tensors.
+    - On an accelerator no step after the first waits for the device. Products are taken in fp32 there, so that a step
+      of which less than a thousandth is tangential counts as radial; on the CPU and for shards it is a millionth.
     - lr and all options live in ``param_groups``, the base's state and ``initial_norm`` in ``state``, keyed by the real
       parameters: schedulers, ``state_dict`` and gradient scalers see an ordinary optimizer.
 
@@ -68,20 +81,27 @@ class Layca(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimizer. Group options: those of the base,
-            ``lr``, ``rotate`` and ``tangential``.
+            ``lr``, ``rotate``, ``tangential`` and ``leading_dims``.
         lr: tangent of the angle by which a rotating layer turns in one step; the base's own lr in plain groups that
             bring none. 3⁻³ = 0.037 is 2.12°.
         base: class, name in ``torch.optim``, or function from parameter groups to an optimizer.
+        plain_base: what steps everything that does not rotate, with its own defaults (pass a function for other
+            options); None: the base. For bases that take matrices only: ``base="Muon", plain_base="AdamW"``.
         rotate: default of the group option: False gives the base's plain step.
         tangential: default of the group option: False leaves out the projection (the Hyperball update, arXiv
-            2606.16899), so that the angle is only about ``lr``.
+            2606.16899; over Muon it is MuonH), so that the angle is only about ``lr``.
+        leading_dims: default of the group option: so many leading dimensions count separate layers, each of which turns
+            by the angle and keeps its own norm: 1 for stacked experts ``(E, out, in)`` or a fused projection
+            ``(3, out, in)``, and for a turn of each neuron of a matrix. The base sees the whole tensor.
         **base_options: options of the base, such as ``momentum=0.9``.
 
     Raises:
         ValueError: If lr is negative, NaN or infinite, a rotating group asks for weight decay, or the base is unknown
-            or does not take its direction from gradients alone (schedule-free methods, Prodigy, LBFGS, …).
+            or does not take its direction from gradients alone (schedule-free methods, Prodigy, LBFGS, …), or
+            ``leading_dims`` leaves a tensor no dimension.
         TypeError: If the base does not know an option, or is none.
-        RuntimeError: At a step, if a rotating tensor is all zeros (it has no direction), or was flattened by FSDP1.
+        RuntimeError: At a step, if a rotating tensor is all zeros (it has no direction), or was flattened by FSDP1
+            and no selection of layers has seen its wrapper.
 
     Example::
 
@@ -108,7 +128,7 @@ class Layca(Optimizer):
         leading_dims: int = 0,
         **base_options: Any,
     ) -> None:
-        _check_lr(lr)
+        check_lr(lr)
         make_base = resolve_base(base, base_options)
         make_plain = make_base if plain_base is None else resolve_base(plain_base, {}, "plain_base")
         if isinstance(params, (Tensor, set)):
@@ -121,19 +141,19 @@ class Layca(Optimizer):
             members = group["params"]
             group["params"] = members if isinstance(members, (Tensor, set)) else list(members)
             group.update({key: value for key, value in own.items() if key not in group})
-            _check_leading_dims(group)
+            check_leading_dims(group)
             if group["rotate"]:
-                _check_weight_decay({**base_options, **group})
+                check_weight_decay({**base_options, **group})
         rotating = next((group for group in groups if group["rotate"]), None)
         if rotating is not None:
-            check_direction(make_base, _options_of_base(rotating))
+            check_direction(make_base, options_of_base(rotating))
         # The bases check their own options and supply their defaults; then they are emptied.
         if plain_base is None:
-            made = make_base([{**_options_of_base(group), "params": group["params"]} for group in groups])
+            made = make_base([{**options_of_base(group), "params": group["params"]} for group in groups])
             options = made.param_groups
             self._base = self._plain_base = BorrowedOptimizer(made, _NORM)
         else:
-            made, made_plain, options = _make_two(make_base, make_plain, groups)
+            made, made_plain, options = make_two(make_base, make_plain, groups)
             self._base, self._plain_base = BorrowedOptimizer(made, _NORM), BorrowedOptimizer(made_plain, _NORM)
         defaults = {**self._base.optimizer.defaults, "lr": lr, **own}
         filled = [
@@ -158,7 +178,7 @@ class Layca(Optimizer):
         """Class of the optimizer that steps what does not rotate; the base's own without ``plain_base``."""
         return type(self._plain_base.optimizer)
 
-    def add_param_group(self, param_group: _ParamGroup) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; options that it lacks take the defaults given at construction.
 
         Raises:
@@ -166,14 +186,14 @@ class Layca(Optimizer):
 
         """
         if isinstance(param_group, dict):
-            _check_lr(param_group.get("lr", 0.0))
-            _check_leading_dims({**self.defaults, **param_group})
+            check_lr(param_group.get("lr", 0.0))
+            check_leading_dims({**self.defaults, **param_group})
             if param_group.get("rotate", self.defaults["rotate"]):
-                _check_weight_decay(param_group)
+                check_weight_decay(param_group)
                 if "weight_decay" in self.defaults:
                     param_group["weight_decay"] = 0.0
             else:
-                for key, value in _options_of_base(self._plain_base.optimizer.defaults).items():
+                for key, value in options_of_base(self._plain_base.optimizer.defaults).items():
                     param_group.setdefault(key, value)
         super().add_param_group(param_group)
         if any("name" in group for group in self.param_groups[:-1]):
@@ -212,9 +232,9 @@ class Layca(Optimizer):
         if not self._told_resolution:
             self._tell_resolution(plan)
         norms = self._new_norms(plan) if len(self.state) != plan.known else {}
-        plain_options = [_options_of_base(group) | {"lr": group["lr"]} for group in self.param_groups]
+        plain_options = [_lent_options(group) for group in self.param_groups]
         options = [{**group, "lr": 1.0} for group in plain_options]
-        changed: dict[int, _ParamGroup] = {}
+        changed: dict[int, ParamGroup] = {}
         if plan.sharded is not None:
             changed.update(self._step_sharded(plan.sharded, options))
         for chunk in plan.whole:
@@ -250,7 +270,7 @@ class Layca(Optimizer):
                     f"`state_dict` must come from Layca over {type(base).__name__}, got groups without "
                     f"{', '.join(missing)}. Make the optimizer with the base that was saved."
                 )
-        ours = [{key: g[key] for key in ("name", "lr", *_OWN_OPTIONS) if key in g} for g in self.param_groups]
+        ours = [{key: g[key] for key in ("name", "lr", *OWN_OPTIONS) if key in g} for g in self.param_groups]
         plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
         self._plan = None
@@ -283,7 +303,7 @@ class Layca(Optimizer):
         # torch calls this with groups and state alone when it loads a checkpoint.
         self._scratch, self._plan = {}, None
         for group in self.param_groups:
-            for option in _OWN_OPTIONS:
+            for option in OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
 
     def _tell_resolution(self, plan: Plan) -> None:
@@ -292,12 +312,12 @@ class Layca(Optimizer):
         rates = [self.param_groups[index]["lr"] for index in indices]
         # The value of a rate on an accelerator would have to be waited for.
         small = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
-        small = [rate for rate in small if 0 < rate < _BF16_SHARES[-1][0]]
+        small = [rate for rate in small if 0 < rate < geometry.BF16_LIMIT]
         if small:
             self._told_resolution = True
             warnings.warn(
-                f"bfloat16 weights move by about {_bf16_share(min(small)):.0%} of a step at lr {min(small):.2g}; "
-                "rounding takes the rest. Use rates of 3e-3 and more, or fp32 weights: "
+                f"bfloat16 weights move by about {geometry.bf16_share(min(small)):.0%} of a step at lr "
+                f"{min(small):.2g}; rounding takes the rest. Use rates of 3e-3 and more, or fp32 weights: "
                 "`Trainer(precision='bf16-mixed')`.",
                 stacklevel=5,
             )
@@ -310,9 +330,9 @@ class Layca(Optimizer):
         if flattened:
             raise RuntimeError(
                 f"`params` must keep their shape, got {', '.join(map(self._describe, flattened[:3]))}, flattened by "
-                "FSDP1: a layer cannot be told from a bias. Use ModelParallelStrategy with `fully_shard` (FSDP2)."
+                "FSDP1: a layer cannot be told from a bias. Use `layca_optimizers(self)`, which knows their shapes, or "
+                "ModelParallelStrategy with `fully_shard` (FSDP2)."
             )
-
         cut = [
             parameter
             for group in groups
@@ -370,12 +390,12 @@ class Layca(Optimizer):
                     return f"parameter {position} of group {group.get('name', index)!r} {tuple(parameter.shape)}"
         raise AssertionError("a stepped parameter stands in a group")
 
-    def _plain_options(self, group: _ParamGroup) -> _ParamGroup:
+    def _plain_options(self, group: ParamGroup) -> ParamGroup:
         """Options of a plain step; one-dimensional tensors in a rotating group take ``plain_base``'s defaults."""
         own = self._plain_base.optimizer.defaults if group["rotate"] else group
-        return _options_of_base(own) | {"lr": group["lr"]}
+        return _lent_options({**own, "lr": group["lr"]})
 
-    def _step_sharded(self, chunk: Chunk, options: list[_ParamGroup]) -> dict[int, _ParamGroup]:
+    def _step_sharded(self, chunk: Chunk, options: list[ParamGroup]) -> dict[int, ParamGroup]:
         """Step the tensors of which this process holds pieces: one collective for all of them.
 
         Every process takes part, also one without a gradient: its pieces keep their share of the layer's norm.
@@ -405,41 +425,9 @@ class Layca(Optimizer):
         self._check_zeros(zeros)
 
 
-def _options_of_base(group: _ParamGroup) -> _ParamGroup:
-    return {key: value for key, value in group.items() if key not in ("params", "lr", *_OWN_OPTIONS)}
-
-
-def _make_two(
-    make_base: Callable[[Any], Optimizer], make_plain: Callable[[Any], Optimizer], groups: list[_ParamGroup]
-) -> tuple[Optimizer, Optimizer, list[_ParamGroup]]:
-    """Both bases, each made on its own tensors alone (Muon refuses others), and the filled-in options of each group."""
-    parts: tuple[list[_ParamGroup], list[_ParamGroup]] = ([], [])
-    for group in groups:
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        turning = [bool(group["rotate"]) if is_lazy(tensor) else rotates(tensor, group) for tensor in tensors]
-        for part, wanted in zip(parts, (True, False), strict=True):
-            members = [entry for entry, turns in zip(group["params"], turning, strict=True) if turns is wanted]
-            # The options of a group are those of the optimizer that its kind of tensor goes to.
-            own = _options_of_base(group) if group["rotate"] is wanted else {}
-            part.append({**own, "params": members})
-    made = []
-    filled: list[_ParamGroup] = [{}] * len(groups)
-    for make, part, wanted, shape in zip((make_base, make_plain), parts, (True, False), ((2, 2), (1,)), strict=True):
-        # Some refuse an empty group, so groups without tensors of this kind get one of their own.
-        optimizer = make([{**group, "params": group["params"] or [nn.Parameter(torch.zeros(shape))]} for group in part])
-        for index, (group, options) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-            if group["rotate"] is wanted:
-                filled[index] = {**options, "params": group["params"]}
-        made.append(optimizer)
-    return made[0], made[1], filled
-
-
-def _bf16_share(lr: float) -> float:
-    """The measured share, interpolated over the logarithm of lr; the least measured one below."""
-    for (low, less), (high, more) in itertools.pairwise(_BF16_SHARES):
-        if lr <= high:
-            return less + (more - less) * max(0.0, math.log(lr / low) / math.log(high / low))
-    return _BF16_SHARES[-1][1]
+def _lent_options(group: ParamGroup) -> ParamGroup:
+    """What a base sees of a group; without the name, so that groups of one setting are stepped as one."""
+    return {key: value for key, value in group.items() if key not in _NOT_LENT}
 
 
 def _zero_norm(parameter: Tensor) -> Tensor:
@@ -448,35 +436,3 @@ def _zero_norm(parameter: Tensor) -> Tensor:
 
 def _norm_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32).to_real()
-
-
-def _check_lr(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not isinstance(lr, (numbers.Real, Tensor)) or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"`lr` must be a finite number of at least 0, got {lr!r}. Try 3**-3, an angle of 2.1 degrees.")
-
-
-def _check_leading_dims(group: Mapping[str, Any]) -> None:
-    leading = group["leading_dims"]
-    if not isinstance(leading, int) or leading < 0:
-        raise ValueError(
-            f"`leading_dims` must be an integer of at least 0, got {leading!r}. "
-            "Pass 1 for stacked experts (E, out, in) or a fused projection (3, out, in)."
-        )
-    for entry in group["params"] if isinstance(group["params"], list) else ():
-        tensor = entry[1] if isinstance(entry, tuple) else entry
-        if leading and isinstance(tensor, Tensor) and not is_lazy(tensor) and tensor.dim() <= leading:
-            raise ValueError(
-                f"`leading_dims` must be below the dimensions of every tensor of its group, got {leading} for a tensor "
-                f"of shape {tuple(tensor.shape)}. Put other tensors into a group with `leading_dims=0`."
-            )
-
-
-def _check_weight_decay(group: Mapping[str, Any]) -> None:
-    decay = group.get("weight_decay", 0)
-    if decay:
-        raise ValueError(
-            f"`weight_decay` must be 0 in a rotating group, got {decay!r}: the norm of a rotating layer is fixed. "
-            "Set it in a group with `rotate=False` only."
-        )

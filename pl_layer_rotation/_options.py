@@ -1,0 +1,82 @@
+"""The options of Layca's groups: what they must be, and which of them are the base's."""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from pl_layer_rotation._scratch import rotates
+
+ParamGroup = dict[str, Any]
+
+OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
+
+
+def options_of_base(group: ParamGroup) -> ParamGroup:
+    """What of a group goes to the base at construction."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr", *OWN_OPTIONS)}
+
+
+def make_two(
+    make_base: Callable[[Any], Optimizer], make_plain: Callable[[Any], Optimizer], groups: list[ParamGroup]
+) -> tuple[Optimizer, Optimizer, list[ParamGroup]]:
+    """Both bases, each made on its own tensors alone (Muon refuses others), and the filled-in options of each group."""
+    parts: tuple[list[ParamGroup], list[ParamGroup]] = ([], [])
+    for group in groups:
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        turning = [bool(group["rotate"]) if is_lazy(tensor) else rotates(tensor, group) for tensor in tensors]
+        for part, wanted in zip(parts, (True, False), strict=True):
+            members = [entry for entry, turns in zip(group["params"], turning, strict=True) if turns is wanted]
+            # The options of a group are those of the optimizer that its kind of tensor goes to.
+            own = options_of_base(group) if bool(group["rotate"]) is wanted else {}
+            part.append({**own, "params": members})
+    made = []
+    filled: list[ParamGroup] = [{}] * len(groups)
+    for make, part, wanted, shape in zip((make_base, make_plain), parts, (True, False), ((2, 2), (1,)), strict=True):
+        # Some refuse an empty group, so groups without tensors of this kind get one of their own.
+        optimizer = make([{**group, "params": group["params"] or [nn.Parameter(torch.zeros(shape))]} for group in part])
+        for index, (group, options) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+            if bool(group["rotate"]) is wanted:
+                filled[index] = {**options, "params": group["params"]}
+        made.append(optimizer)
+    return made[0], made[1], filled
+
+
+def check_lr(lr: float | Tensor) -> None:
+    """Raise unless a rate is the tangent of an angle."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not isinstance(lr, (numbers.Real, Tensor)) or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"`lr` must be a finite number of at least 0, got {lr!r}. Try 3**-3, an angle of 2.1 degrees.")
+
+
+def check_leading_dims(group: Mapping[str, Any]) -> None:
+    """Raise unless every tensor of a group keeps a dimension."""
+    leading = group["leading_dims"]
+    if not isinstance(leading, int) or leading < 0:
+        raise ValueError(
+            f"`leading_dims` must be an integer of at least 0, got {leading!r}. "
+            "Pass 1 for stacked experts (E, out, in) or a fused projection (3, out, in)."
+        )
+    for entry in group["params"] if isinstance(group["params"], list) else ():
+        tensor = entry[1] if isinstance(entry, tuple) else entry
+        if leading and isinstance(tensor, Tensor) and not is_lazy(tensor) and tensor.dim() <= leading:
+            raise ValueError(
+                f"`leading_dims` must be below the dimensions of every tensor of its group, got {leading} for a tensor "
+                f"of shape {tuple(tensor.shape)}. Put other tensors into a group with `leading_dims=0`."
+            )
+
+
+def check_weight_decay(group: Mapping[str, Any]) -> None:
+    """Raise where a rotating group asks for weight decay."""
+    decay = group.get("weight_decay", 0)
+    if decay:
+        raise ValueError(
+            f"`weight_decay` must be 0 in a rotating group, got {decay!r}: the norm of a rotating layer is fixed. "
+            "Set it in a group with `rotate=False` only."
+        )
