@@ -20,7 +20,9 @@ def on_host(chunk: Chunk) -> bool:
 def sums_of_whole_layers(chunk: Chunk) -> Tensor:
     """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added."""
     if on_host(chunk):
-        return torch.tensor([layer.sums() for layer in chunk.layers], dtype=torch.float64)
+        # From the last to the first: the base has just written the last, and the turns begin with the first.
+        rows = [layer.sums() for layer in reversed(chunk.layers)]
+        return torch.tensor(rows[::-1], dtype=torch.float64)
     return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
 
 

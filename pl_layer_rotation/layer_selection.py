@@ -47,7 +47,8 @@ def select_layers(
     parameters of lazy modules appear once they are initialized.
 
     Names are the same before and after wrapping (``torch.compile``, DDP, FSDP, Fabric) and under parametrizations,
-    and leave out a trailing ``.weight``. Depth order is the order of registration.
+    and leave out a trailing ``.weight``. Depth order is the order of registration. Of a sharded layer the tensor is
+    what the optimizer of this process gets: a ``DTensor``, or the one-dimensional, maybe empty piece that FSDP1 cuts.
 
     Args:
         module: where to look.
@@ -61,7 +62,8 @@ def select_layers(
         Name to parameter, in depth order; empty for a module without layers.
 
     Raises:
-        MisconfigurationException: If a pattern matches nothing; the message names similar names.
+        MisconfigurationException: If a pattern matches nothing; the message names similar names. If FSDP1 put all
+            parameters into one (``use_orig_params=False``), or cut them by a wrapper that ``module`` does not hold.
 
     Example::
 
@@ -150,8 +152,8 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
 def _check_flattened(module: nn.Module, parameter: Tensor, name: str) -> None:
     if getattr(parameter, "_is_flat_param", False):
         raise MisconfigurationException(
-            f"`module` must keep its parameters apart, got {type(module).__name__} with {name!r}, into which FSDP "
-            "melted them. Use `FSDPStrategy(use_orig_params=True)`, Lightning's default, or ModelParallelStrategy with "
+            f"`module` must keep its parameters apart, got {type(module).__name__} with {name!r}, all of them in one "
+            "tensor. Use FSDPStrategy with `use_orig_params=True`, Lightning's default, or ModelParallelStrategy with "
             "`fully_shard` (FSDP2)."
         )
     if is_unknown_piece(parameter):

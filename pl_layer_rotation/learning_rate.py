@@ -9,12 +9,15 @@ def rotation_lr(steps: int, momentum: float = 0.0, distance: float | None = None
     Without ``distance`` it is :math:`\frac{1}{9} \min(1, (1000/T)^{1/3}) / \sqrt{c}` with the momentum factor
     :math:`c = (1 + b) / (1 - b)`, which stands for how momentum keeps successive steps parallel. On MLPs and
     convolutional networks of 100 … 2400 steps under a cosine schedule its regret was 0.25 points of accuracy on
-    average over 17 sweeps and 1.2 at worst, judged on the runs that it was chosen on. **It does not hold for
-    transformers**: on a small character GPT the best rate was about six times lower. The cube root was chosen with
-    the paper's two published sweeps in view and is not tested beyond them.
+    average over 17 sweeps and 1.2 at worst (3⁻³ for all bases: 0.39 and 2.1), judged on the runs that it was chosen
+    on. **It does not hold for transformers**: on a small character GPT the best rate was about six times lower, and
+    this one cost 0.14 to 0.32 nats. The cube root changes nothing on these runs: it was chosen with the paper's two
+    published sweeps (35,200 steps) in view and is not tested beyond them.
 
     With ``distance`` it is the constant rate at which a random walk with that momentum has this expected cosine
-    distance after T steps, :math:`1 - (1 + c\, \mathrm{lr}^2)^{-T/2}`.
+    distance after T steps, :math:`1 - (1 + c\, \mathrm{lr}^2)^{-T/2}`. In four trainings under a cosine schedule the
+    mean of the hidden layers ended from 0.09 below to 0.01 above such a walk. A distance is no quality mark: aiming at
+    0.95 had a regret of 0.9 points on average and of 10 at worst.
 
     Args:
         steps: optimizer steps T of the whole training.

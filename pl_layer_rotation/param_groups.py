@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pl_layer_rotation._sharding import are_zero, original_shape
 from pl_layer_rotation.layer_selection import select_layers
 
 
@@ -20,13 +21,18 @@ def layca_param_groups(
     layer_multipliers: float | Mapping[str, float] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    *,
+    leading_dims: int | Mapping[str, int] = 0,
 ) -> list[dict[str, Any]]:
     """Every trainable parameter of a module in exactly one group: ``rotating`` layers and ``plain`` all the rest.
 
     Layers are what :func:`~pl_layer_rotation.select_layers` finds. Biases, normalizations, embeddings and what
     ``exclude`` names are plain. So are layers of zeros (LoRA's B, zero-initialized residual outputs): they have no
-    direction to turn and would never move; a warning names them. Frozen parameters are left out; callbacks that
-    unfreeze (``BackboneFinetuning``) add them as a group of their own.
+    direction to turn and would never move; a warning names them.
+
+    Parameters that are frozen now are left out. Callbacks that unfreeze (``BackboneFinetuning``) add them as a group of
+    their own, where everything with two or more dimensions rotates. What you unfreeze by hand, you add by hand, with
+    ``optimizer.add_param_group``; or make the optimizer afterwards.
 
     Args:
         module: the module to train.
@@ -39,12 +45,17 @@ def layca_param_groups(
             ``rotating/<name>``.
         include: patterns of layers that rotate.
         exclude: patterns of layers that do not.
+        leading_dims: how many leading dimensions of a tensor count separate layers, each of which turns by itself: 1
+            for stacked experts ``(E, out, in)`` or a fused ``(3, d, d)``. One number, or numbers by pattern on names
+            and class names as in ``include``; the last pattern that matches a layer counts. Layers with n > 0 are a
+            group of their own, ``rotating/leading_dims=n``.
 
     Returns:
-        Groups for ``Layca``, with ``name``, ``lr`` and ``rotate``; empty groups are left out.
+        Groups for ``Layca``, with ``name``, ``lr``, ``rotate`` and ``leading_dims``; empty groups are left out.
 
     Raises:
-        MisconfigurationException: If no layer is left to rotate, a pattern matches nothing, or a multiplier is invalid.
+        MisconfigurationException: If no layer is left to rotate, a pattern matches nothing (or, in ``leading_dims``,
+            nothing that rotates), a multiplier is invalid, or a layer has too few dimensions.
 
     Example::
 
@@ -63,7 +74,12 @@ def layca_param_groups(
         )
     trainable = {id(p): p for p in module.parameters() if p.requires_grad}
     layers = {name: w for name, w in select_layers(module, include, exclude).items() if id(w) in trainable}
-    zeros = [name for name, weight in layers.items() if _is_zero(weight)]
+    leading = _leading_dims(leading_dims, module, layers)
+    zeros = [
+        name
+        for (name, weight), is_zero in zip(layers.items(), are_zero(list(layers.values())), strict=True)
+        if is_zero or _stacks_zeros(weight, leading[name])
+    ]
     for name in zeros:
         del layers[name]
     if not layers:
@@ -79,15 +95,23 @@ def layca_param_groups(
         )
     turning = {id(weight) for weight in layers.values()}
     rest = [parameter for key, parameter in trainable.items() if key not in turning]
-    groups: list[dict[str, Any]]
+    groups: list[dict[str, Any]] = []
     if layer_multipliers is None:
-        groups = [{"name": "rotating", "params": list(layers.values()), "lr": lr, "rotate": True}]
+        for count in sorted({leading[layer] for layer in layers}):
+            name = f"rotating/leading_dims={count}" if count else "rotating"
+            members = [weight for layer, weight in layers.items() if leading[layer] == count]
+            groups.append({"name": name, "params": members, "lr": lr, "rotate": True, "leading_dims": count})
     else:
-        factors = _factors(layer_multipliers, list(layers))
-        groups = [
-            {"name": f"rotating/{name}", "params": [weight], "lr": lr * factors[name], "rotate": True}
-            for name, weight in layers.items()
-        ]
+        for name, factor in _factors(layer_multipliers, list(layers)).items():
+            groups.append(
+                {
+                    "name": f"rotating/{name}",
+                    "params": [layers[name]],
+                    "lr": lr * factor,
+                    "rotate": True,
+                    "leading_dims": leading[name],
+                }
+            )
     if rest:
         groups.append({"name": "plain", "params": rest, "lr": lr if plain_lr is None else plain_lr, "rotate": False})
     return groups
@@ -118,6 +142,41 @@ def _factors(multipliers: float | Mapping[str, float], names: list[str]) -> dict
     return {name: (1 + multipliers) ** (5 * depth / last) for depth, name in enumerate(names)}
 
 
-def _is_zero(weight: Tensor) -> bool:
-    # Weights on the meta device have no values yet; Layca looks again at its first step.
-    return not weight.is_meta and not torch.any(weight.detach()).item()
+def _leading_dims(
+    leading_dims: int | Mapping[str, int], module: nn.Module, layers: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """How many leading dimensions of each rotating layer count separate layers."""
+    if not isinstance(leading_dims, Mapping):
+        counts = dict.fromkeys(layers, leading_dims)
+    else:
+        counts = dict.fromkeys(layers, 0)
+        for pattern, count in leading_dims.items():
+            try:
+                matching = select_layers(module, include=pattern)
+            except MisconfigurationException as error:
+                raise MisconfigurationException(str(error).replace("`include`", "`leading_dims`")) from None
+            rotating = [name for name in matching if name in layers]
+            if not rotating:
+                raise MisconfigurationException(
+                    f"`leading_dims` patterns must match a rotating layer, got {pattern!r}, which matches only "
+                    f"{', '.join(list(matching)[:5])}. The rotating layers are {list(layers)[:8]}."
+                )
+            counts.update(dict.fromkeys(rotating, count))
+    for name, count in counts.items():
+        shape = tuple(original_shape(layers[name]))
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(shape):
+            raise MisconfigurationException(
+                f"`leading_dims` must be a whole number from 0 to {len(shape) - 1} for layer {name!r} of shape "
+                f"{shape}, got {count!r}. Give numbers by pattern where layers differ."
+            )
+    return counts
+
+
+def _stacks_zeros(weight: Tensor, leading_dims: int) -> bool:
+    """Whether one of the layers that a tensor stacks is all zeros.
+
+    Pieces that FSDP1 cut, and weights on the meta device, are left for Layca to look at in its first step.
+    """
+    if weight.is_meta or not 0 < leading_dims < weight.dim():
+        return False
+    return not torch.any(weight.detach(), dim=tuple(range(leading_dims, weight.dim()))).all().item()

@@ -12,7 +12,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from pl_layer_rotation import select_layers
@@ -85,6 +85,44 @@ def test_sharding_keeps_names_order_and_whole_shapes() -> None:
     fully_shard(module[1], mesh=mesh)
     fully_shard(module, mesh=mesh)
     assert list(shapes(module).items()) == list(before.items())
+
+
+def fsdp1(module: nn.Module, use_orig_params: bool) -> nn.Module:
+    return FullyShardedDataParallel(module, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+
+# Cut in pieces: tests/distributed/test_fsdp1.py.
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # with one process
+@pytest.mark.parametrize("what", ["all", "a block", "both"])
+def test_fsdp1_keeps_names_order_and_whole_shapes(what: str) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)))
+    before = shapes(module)
+    if what != "all":
+        module[1] = fsdp1(module[1], use_orig_params=True)
+    after = fsdp1(module, use_orig_params=True) if what != "a block" else module
+    assert list(shapes(after).items()) == list(before.items()) == [("0", (2, 1, 3, 3)), ("1.1", (4, 4))]
+
+
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # with one process
+def test_parameters_that_fsdp1_put_into_one_are_an_error() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    module[1] = fsdp1(module[1], use_orig_params=False)
+    text = (
+        "`module` must keep its parameters apart, got Sequential with '1._flat_param', all of them in one tensor. Use "
+        "FSDPStrategy with `use_orig_params=True`, Lightning's default, or ModelParallelStrategy with `fully_shard` "
+        "(FSDP2)."
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        select_layers(module)
+
+
+def test_a_piece_of_which_no_wrapper_is_in_sight_is_an_error() -> None:
+    module = holder(piece=torch.ones(3))
+    module.piece._fsdp_flattened = True  # as FSDP1 marks it
+    with pytest.raises(MisconfigurationException, match=r"must hold the FSDP wrapper .* got Module with 'piece'"):
+        select_layers(module)
 
 
 @pytest.mark.contract("H12")

@@ -49,6 +49,7 @@ def test_rates_by_hand(arguments: dict[str, Any], expected: float) -> None:
     assert rotation_lr(**arguments) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
+@pytest.mark.contract("H7")
 @quick
 @given(step_counts, step_counts, st.floats(0, 0.99), st.none() | st.floats(1e-6, 0.99))
 def test_longer_trainings_never_turn_faster(first: int, second: int, momentum: float, distance: float | None) -> None:
@@ -78,6 +79,7 @@ def test_the_formula_of_the_random_walk_is_inverted(steps: int, momentum: float,
     assert -math.expm1(-steps / 2 * math.log1p(square)) == pytest.approx(distance, rel=1e-9, abs=0)
 
 
+@pytest.mark.contract("H7")
 @pytest.mark.parametrize(
     ("steps", "momentum", "distance"),
     [(300, 0.0, 0.95), (1000, 0.0, 0.95), (300, 0.0, 0.3), (1000, 0.9, 0.95), (1000, 0.9, 0.5), (600, 0.5, 0.95)],

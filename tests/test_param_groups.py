@@ -81,6 +81,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.contract("H2", "H9")
 @pytest.mark.filterwarnings("ignore:Layers of zeros:UserWarning")
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 @pytest.mark.parametrize("alpha", [None, 0.5], ids=["two groups", "multipliers"])
@@ -114,10 +115,12 @@ def test_a_plain_rate_of_zero_is_not_taken_for_none() -> None:
     assert rates(layca_param_groups(network(), lr=0.5, plain_lr=0.0))["plain"] == 0
 
 
+@pytest.mark.contract("H2")
 def test_a_group_that_would_be_empty_is_left_out() -> None:
     assert [group["name"] for group in layca_param_groups(nn.Linear(2, 2, bias=False))] == ["rotating"]
 
 
+@pytest.mark.contract("H3")
 def test_frozen_parameters_are_left_out_and_join_once_they_are_trainable() -> None:
     module = partly_frozen()
     frozen = [id(module[0].weight), id(module[0].bias), id(module[4].bias)]
@@ -144,6 +147,7 @@ def test_patterns_choose_what_rotates(options: dict[str, Any], rotating: list[in
     assert_partition(groups, module)
 
 
+@pytest.mark.contract("H15")
 def test_two_calls_give_lists_of_their_own() -> None:
     module = network()
     first = layca_param_groups(module)
@@ -152,6 +156,7 @@ def test_two_calls_give_lists_of_their_own() -> None:
     assert len(layca_param_groups(module)[0]["params"]) == 3
 
 
+@pytest.mark.contract("H16")
 def test_disjoint_patterns_give_disjoint_groups_for_two_optimizers() -> None:
     module = nn.ModuleDict({"generator": nn.Linear(3, 3), "critic": nn.Linear(3, 3)})
     groups = [layca_param_groups(module[name])[0]["params"] for name in ("generator", "critic")]
@@ -243,6 +248,131 @@ def test_alpha_counts_only_layers_that_rotate() -> None:
     assert found == pytest.approx({"rotating/0": 0.1 * 0.5**5, "rotating/4": 0.1, "plain": 0.1}, rel=1e-12, abs=0)
 
 
+# --- layers that one tensor stacks ---
+
+
+class Attention(nn.Module):
+    """A fused projection, stacked experts and an ordinary layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.ones(3, 4, 4))
+        self.experts = nn.ParameterDict({"up": torch.ones(2, 5, 4), "down": torch.ones(2, 4, 5)})
+        self.out = nn.Linear(4, 4)
+
+
+def stacked(groups: Groups) -> dict[str, tuple[int, list[tuple[int, ...]]]]:
+    """Leading dimensions and shapes by group."""
+    return {
+        name: (group["leading_dims"], [tuple(p.shape) for p in group["params"]])
+        for name, group in by_name(groups).items()
+        if group["rotate"]
+    }
+
+
+EXPERTS = [(2, 5, 4), (2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("leading_dims", "expected"),
+    [
+        (0, {"rotating": (0, [(3, 4, 4), (4, 4), *EXPERTS])}),
+        (1, {"rotating/leading_dims=1": (1, [(3, 4, 4), (4, 4), *EXPERTS])}),
+        ({}, {"rotating": (0, [(3, 4, 4), (4, 4), *EXPERTS])}),
+        ({"qkv": 1}, {"rotating": (0, [(4, 4), *EXPERTS]), "rotating/leading_dims=1": (1, [(3, 4, 4)])}),
+        (
+            {"qkv": 1, "experts.*": 2, "Linear": 0},
+            {
+                "rotating": (0, [(4, 4)]),
+                "rotating/leading_dims=1": (1, [(3, 4, 4)]),
+                "rotating/leading_dims=2": (2, EXPERTS),
+            },
+        ),
+        (
+            {"*": 1, "experts.up": 2, "out": 0},
+            {
+                "rotating": (0, [(4, 4)]),
+                "rotating/leading_dims=1": (1, [(3, 4, 4), (2, 4, 5)]),
+                "rotating/leading_dims=2": (2, [(2, 5, 4)]),
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_stacked_layers_are_groups_by_their_leading_dimensions(leading_dims: Any, expected: dict[str, Any]) -> None:
+    module = Attention()
+    groups = layca_param_groups(module, leading_dims=leading_dims)
+    found = stacked(groups)
+    assert {name: (count, sorted(shapes)) for name, (count, shapes) in found.items()} == {
+        name: (count, sorted(shapes)) for name, (count, shapes) in expected.items()
+    }
+    assert_partition(groups, module)
+
+
+def test_stacked_layers_share_the_rate_and_keep_their_multiplier() -> None:
+    module = Attention()
+    assert set(rates(layca_param_groups(module, lr=0.1, plain_lr=0.3, leading_dims={"qkv": 1})).items()) == {
+        ("rotating", 0.1),
+        ("rotating/leading_dims=1", 0.1),
+        ("plain", 0.3),
+    }
+    groups = layca_param_groups(module, lr=0.1, layer_multipliers={"qkv": 0.5}, leading_dims={"qkv": 1})
+    assert stacked(groups)["rotating/qkv"] == (1, [(3, 4, 4)])
+    assert stacked(groups)["rotating/out"] == (0, [(4, 4)])
+    assert rates(groups)["rotating/qkv"] == 0.05
+
+
+def test_a_stack_in_which_one_layer_is_zeros_takes_plain_steps() -> None:
+    module = Attention()
+    with torch.no_grad():
+        module.experts["up"][1] = 0
+    assert params(layca_param_groups(module), "rotating").count(id(module.experts["up"])) == 1
+    with pytest.warns(UserWarning, match=r"^Layers of zeros have no direction .* plain steps: experts\.up\.$"):
+        groups = layca_param_groups(module, leading_dims={"experts.*": 1})
+    assert id(module.experts["up"]) in params(groups, "plain")
+    assert params(groups, "rotating/leading_dims=1") == [id(module.experts["down"])]
+
+
+def test_stacks_without_values_are_not_taken_for_zeros() -> None:
+    with torch.device("meta"):
+        module = Attention()
+    found = stacked(layca_param_groups(module, leading_dims=1))
+    assert {name: (count, len(shapes)) for name, (count, shapes) in found.items()} == {
+        "rotating/leading_dims=1": (1, 4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("leading_dims", "text"),
+    [
+        (2, "a whole number from 0 to 1 for layer 'out' of shape (4, 4), got 2. Give numbers by pattern"),
+        ({"qkv": 3}, "a whole number from 0 to 2 for layer 'qkv' of shape (3, 4, 4), got 3."),
+        ({"qkv": -1}, "a whole number from 0 to 2 for layer 'qkv' of shape (3, 4, 4), got -1."),
+        ({"qkv": 1.0}, "a whole number from 0 to 2 for layer 'qkv' of shape (3, 4, 4), got 1.0."),
+        ({"qkv": True}, "a whole number from 0 to 2 for layer 'qkv' of shape (3, 4, 4), got True."),
+    ],
+    ids=str,
+)
+def test_leading_dimensions_must_leave_a_layer(leading_dims: Any, text: str) -> None:
+    with pytest.raises(MisconfigurationException, match=re.escape(f"`leading_dims` must be {text}")):
+        layca_param_groups(Attention(), leading_dims=leading_dims)
+
+
+def test_patterns_of_leading_dimensions_must_match_a_layer_that_rotates() -> None:
+    text = (
+        "`leading_dims` patterns must match a layer's name or module type, got 'qvk', which matches none. "
+        "Similar names: 'qkv'."
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(Attention(), leading_dims={"qvk": 1})
+    text = (
+        "`leading_dims` patterns must match a rotating layer, got 'qkv', which matches only qkv. "
+        "The rotating layers are ["
+    )
+    with pytest.raises(MisconfigurationException, match=re.escape(text)):
+        layca_param_groups(Attention(), exclude="qkv", leading_dims={"qkv": 1})
+
+
 # --- errors ---
 
 
@@ -283,6 +413,7 @@ def all_zeros() -> nn.Module:
     return nn.Sequential(module)
 
 
+@pytest.mark.contract("H2")
 @pytest.mark.parametrize(
     ("make", "trainable"),
     [(lambda: network().requires_grad_(False), 0), (without_layers, 3), (all_zeros, 2), (nn.Sequential, 0)],
@@ -298,6 +429,7 @@ def test_nothing_to_rotate_is_an_error(make: Callable[[], nn.Module], trainable:
         layca_param_groups(make())
 
 
+@pytest.mark.contract("H8")
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(MisconfigurationException, match="`exclude` patterns must match a layer's name or module type"):
         layca_param_groups(network(), exclude="head")
