@@ -1,0 +1,130 @@
+"""The examples do what their docstrings say: run as users run them, for an epoch."""
+
+import importlib
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from pl_layer_rotation import Layca, LayerRotationMonitor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that imports an example by its file's name, gone again after the test."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    yield load
+    for name in [name for name, module in sys.modules.items() if is_example(module)]:
+        del sys.modules[name]
+
+
+def is_example(module: ModuleType) -> bool:
+    return Path(getattr(module, "__file__", None) or "/").parent == EXAMPLES
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fit_cli(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def fit(config: str, *arguments: str) -> pl.Trainer:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["cli.py"])
+        quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        return (
+            example("cli")
+            .main(["fit", f"--config={EXAMPLES / config}", "--trainer.max_epochs=1", *quiet, *arguments])
+            .trainer
+        )
+
+    return fit
+
+
+def angles(trainer: pl.Trainer) -> torch.Tensor:
+    """Angular updates in the steps 5, 10, 15 and 20; the reading after the last step, 21, has none."""
+    (monitor,) = [callback for callback in trainer.callbacks if isinstance(callback, LayerRotationMonitor)]
+    assert monitor.history.layer_names == ["fc1", "fc2", "fc3"]
+    assert monitor.history.steps == [5, 10, 15, 20, 21]
+    return monitor.history.values("angular_update")[:4]
+
+
+def test_cli_with_the_optimizer_in_the_yaml(fit_cli: Any, tmp_path: Path) -> None:
+    trainer = fit_cli("cli.yaml")
+    (optimizer,) = trainer.optimizers
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, Layca)
+    assert (optimizer.base_class, group["momentum"]) == (torch.optim.SGD, 0.9)
+    assert all("momentum_buffer" in state for state in optimizer.state.values())
+    torch.testing.assert_close(angles(trainer), torch.full((4, 3), math.atan(0.037)).double(), rtol=1e-5, atol=0.0)
+    assert group["lr"] == pytest.approx(0.037 * 0.5 * (1 + math.cos(math.pi / 20)))  # one epoch of twenty is over
+    assert (tmp_path / "lightning_logs" / "version_0" / "layer_rotation.html").is_file()
+
+
+def test_cli_with_layca_optimizers_in_the_module(fit_cli: Any) -> None:
+    trainer = fit_cli("cli_module.yaml", "--model.init_args.rate=0.1")
+    rotating, plain = trainer.optimizers[0].param_groups
+    assert (rotating["name"], rotating["momentum"], plain["name"], plain["momentum"]) == ("rotating", 0.9, "plain", 0.9)
+    rates = [0.05 * (1 + math.cos(math.pi * (step - 1) / 21)) for step in (5, 10, 15, 20)]
+    expected = torch.tensor(rates, dtype=torch.float64).atan()[:, None].expand(-1, 3)
+    torch.testing.assert_close(angles(trainer), expected, rtol=1e-4, atol=0.0)
+
+
+def test_cli_as_its_docstring_says(tmp_path: Path) -> None:
+    output = run(
+        str(EXAMPLES / "cli.py"), "fit", f"--config={EXAMPLES / 'cli.yaml'}", "--trainer.max_epochs=1", cwd=tmp_path
+    )
+    assert "Layer rotation after 21 steps" in output
+
+
+def test_any_optimizer_turns_all_layers_by_the_same_angle_under_every_base(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("any_optimizer")
+    monkeypatch.setattr("sys.argv", ["any_optimizer.py", "--max-epochs=1"])
+    # The level would outlive the test.
+    monkeypatch.setattr(logging.getLogger("pytorch_lightning"), "setLevel", lambda level: None)
+    module.main()
+    output = capsys.readouterr().out
+    for base in ("AdamW", "Muon", "Lion"):
+        if module.missing(base):
+            assert f"Skipped: Layca over {base}." in output
+        else:
+            assert re.search(rf"^{base} .* 0\.0370 to 0\.0370 ", output, re.MULTILINE), output
+
+
+def test_any_optimizer_says_what_to_install(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("any_optimizer")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert module.missing("AdamW") is None
+    assert "`uv pip install 'torch>=2.9'`" in module.missing("Muon")
+    assert "`uv pip install pytorch-optimizer`" in module.missing("Lion")
