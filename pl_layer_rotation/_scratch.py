@@ -1,5 +1,6 @@
 """The bounded scratch that a base steps in place of the weights, and the layers that turn by what it wrote there."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ Buffers = dict[Kind, Tensor]
 # Elements of the scratch: it stays in cache, which was faster than a buffer for every layer. A larger layer gets a
 # scratch of its own size.
 _ELEMENTS = 1 << 22
-# From this size on a layer's norm is not read in every step, only again after that many; a sample of its elements is.
+# From this size on a layer's norm is not read in every step, but in one of so many; a sample of its elements is.
 _LARGE = 1 << 14
-_TRUSTED_STEPS = 8
+_READ_EVERY = 8
 _SAMPLED = 64
 
 
@@ -35,13 +36,12 @@ class Layer:
     """
 
     __slots__ = (
-        "_age",
         "_mark",
         "_matrix",
         "_one",
         "_pieces",
+        "_round_off",
         "_sample",
-        "_square",
         "_step",
         "_version",
         "ascent",
@@ -51,8 +51,7 @@ class Layer:
     def __init__(self, weights: Tensor, ascent: Tensor) -> None:
         self.weights, self.ascent = weights, ascent
         self._pieces: list[tuple[Tensor, Tensor]] | None = None
-        self._square: float | None = None
-        self._age = 0
+        self._version, self._mark = -1, math.nan
         w, u = geometry.flat_view(weights), geometry.flat_view(ascent)
         if w is None or u is None or weights.stride() != ascent.stride():
             return
@@ -60,49 +59,42 @@ class Layer:
             self._pieces = geometry.chunks(u, w)
             # An outer product with a vector of one element: the only in-place kernel that scales and adds in one pass.
             self._matrix, self._step, self._one = w.view(1, -1), u, torch.ones(1, dtype=w.dtype)
+            self._round_off = 1e-5 if w.dtype == torch.float32 else 1e-12
             self._sample = w[:: w.numel() // _SAMPLED] if w.numel() >= _LARGE else None
 
-    def sums(self) -> tuple[float, float, float]:
-        """``(u·w, u·u, w·w)`` on the CPU, products in the dtype of the weights, but at least fp32."""
+    def sums(self, initial_norm: float) -> tuple[float, float, float]:
+        """``(u·w, u·u, w·w)`` on the CPU, products in the dtype of the weights, but at least fp32.
+
+        Each turn ends at the initial norm, so a large layer's norm is read only where somebody may have written to the
+        weights, and now and then against drift: a tenth of a step. When that is depends on the weights alone, and
+        round-off does not count as a change: a resumed training takes the same numbers as one that went on.
+        """
         if self._pieces is None:
             along, step_square, weight_square = geometry.step_sums(self.ascent, self.weights).tolist()
             return along, step_square, weight_square
+        is_due = is_changed = True
+        if self._sample is not None:
+            mark = self._sample.dot(self._sample).item()
+            is_due = int(math.frexp(mark)[0] * (1 << 24)) % _READ_EVERY == 0 if math.isfinite(mark) else True
+            # In-place operations count up the version of a tensor, but not those on `.data`: the sample shows these.
+            is_changed = mark != self._mark or self.weights._version != self._version
         along = step_square = weight_square = 0.0
-        known = self._square if self._is_as_left() else None
         for u, w in self._pieces:
             along += u.dot(w).item()
             step_square += u.dot(u).item()
-            if known is None:
+            if is_due or is_changed:
                 weight_square += w.dot(w).item()
-        if known is not None:
-            return along, step_square, known
-        self._age = 0
+        kept = initial_norm * initial_norm
+        if not is_due and (not is_changed or abs(weight_square - kept) <= self._round_off * kept):
+            weight_square = kept
         return along, step_square, weight_square
-
-    def _is_as_left(self) -> bool:
-        """Whether nobody wrote to the weights since the last turn, whose result :meth:`remember` was told.
-
-        In-place operations count up the version of a tensor, but not those on ``.data``: a sample shows these. What
-        both miss is found within a few steps.
-        """
-        return (
-            self._square is not None
-            and self._age < _TRUSTED_STEPS
-            and self.weights._version == self._version
-            and self._sample is not None
-            and self._sample.dot(self._sample).item() == self._mark
-        )
-
-    def remember(self, weight_square: float) -> None:
-        """Take note of what ``w·w`` is after a turn; reading the weights for it is a tenth of a step."""
-        if self._pieces is not None and self._sample is not None:
-            self._square, self._age = weight_square, self._age + 1
-            self._version, self._mark = self.weights._version, self._sample.dot(self._sample).item()
 
     def turn(self, scale: float, factor: float) -> None:
         """``w ← scale·w + factor·u`` in place, rounded once."""
         if self._pieces is not None:
             self._matrix.addr_(self._one, self._step, beta=scale, alpha=factor)
+            if self._sample is not None:
+                self._version, self._mark = self.weights._version, self._sample.dot(self._sample).item()
         elif self.weights.dtype in (torch.bfloat16, torch.float16):
             self.weights.copy_(self.weights.float().mul_(scale).add_(self.ascent.float(), alpha=factor))
         else:
@@ -142,13 +134,8 @@ class Chunk:
         self.counts: list[int] = []
         self.leading_shapes: list[torch.Size] = []
         self._zeroed: list[Tensor] = []
-        needed: dict[Kind, int] = {}
-        for piece in self.pieces:
-            kind = (piece.device, piece.dtype)
-            needed[kind] = needed.get(kind, 0) + piece.numel()
+        needed = _needed(items)
         for kind, elements in needed.items():
-            if kind not in buffers or buffers[kind].numel() < elements:
-                buffers[kind] = torch.zeros(elements, dtype=kind[1], device=kind[0])
             self._zeroed.append(buffers[kind][:elements])
         used = dict.fromkeys(needed, 0)
         for (_, parameter), piece, leading in zip(items, self.pieces, leading_dims, strict=True):
@@ -224,9 +211,13 @@ class Plan:
             return Chunk(items, [groups[index]["leading_dims"] for index, _ in items], memory)
 
         self.plain_loan = Loan(self.plain, [parameter for _, parameter in self.plain])
-        self.whole = [chunk(run, buffers) for run in _runs(whole)]
+        runs = _runs(whole)
+        _provide(buffers, runs)
+        self.whole = [chunk(run, buffers) for run in runs]
         # Their sums meet in one collective, so their steps are in memory together.
-        self.sharded = chunk(sharded, {}) if sharded else None
+        own: Buffers = {}
+        _provide(own, [sharded])
+        self.sharded = chunk(sharded, own) if sharded else None
         self.rotating = whole + sharded
 
 
@@ -265,6 +256,24 @@ def _runs(items: list[Item]) -> list[list[Item]]:
             runs[-1].append(item)
             room -= elements
     return runs
+
+
+def _needed(items: list[Item]) -> dict[Kind, int]:
+    """Elements that the stand-ins of some tensors take."""
+    needed: dict[Kind, int] = {}
+    for _, parameter in items:
+        piece = local_tensor(parameter)
+        kind = (piece.device, piece.dtype)
+        needed[kind] = needed.get(kind, 0) + piece.numel()
+    return needed
+
+
+def _provide(buffers: Buffers, runs: list[list[Item]]) -> None:
+    """Memory for the largest of the runs: one that grew later would leave earlier runs on what it had before."""
+    for run in runs:
+        for kind, elements in _needed(run).items():
+            if kind not in buffers or buffers[kind].numel() < elements:
+                buffers[kind] = torch.zeros(elements, dtype=kind[1], device=kind[0])
 
 
 def _slices(tensor: Tensor, leading: int) -> Sequence[Tensor]:

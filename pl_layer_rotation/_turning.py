@@ -17,11 +17,12 @@ def on_host(chunk: Chunk) -> bool:
     return chunk.pieces[0].device.type == "cpu"
 
 
-def sums_of_whole_layers(chunk: Chunk) -> Tensor:
+def sums_of_whole_layers(chunk: Chunk, initial_norms: Tensor) -> Tensor:
     """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added."""
     if on_host(chunk):
         # From the last to the first: the base has just written the last, and the turns begin with the first.
-        rows = [layer.sums() for layer in reversed(chunk.layers)]
+        norms = initial_norms.tolist()
+        rows = [layer.sums(norm) for layer, norm in zip(reversed(chunk.layers), reversed(norms), strict=True)]
         return torch.tensor(rows[::-1], dtype=torch.float64)
     return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
 
@@ -40,15 +41,27 @@ def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
     return sum_over_processes(sums, chunk.counts, device)
 
 
-def turn(
-    chunk: Chunk, sums: Tensor, initial_norms: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
-) -> None:
+def rows_of_norms(chunk: Chunk, norms: Sequence[Tensor | None], sums: Tensor | None = None) -> Tensor:
+    """The initial norms of each tensor's layers as one vector ``(rows,)``; None stands for today's, from the sums."""
+    known = [norm for norm in norms if norm is not None]
+    if len(known) == chunk.starts[-1] and chunk.is_whole:
+        return torch.stack(known)  # the usual case in one call
+    rows = []
+    for norm, start, stop in zip(norms, chunk.starts, chunk.starts[1:], strict=False):
+        if norm is not None:
+            rows.append(local_tensor(norm).view(-1))
+        elif sums is not None:
+            rows.append(sums[start:stop, 2].sqrt())
+    return torch.cat(rows)
+
+
+def turn(chunk: Chunk, sums: Tensor, initial_norms: Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
     """``w ← a·w - b·s`` for each layer, ``s = -u``.
 
     Args:
         chunk: the layers.
         sums: ``(rows, 3)`` as the functions above give them; changed.
-        initial_norms: the norms of each tensor's layers; None for today's.
+        initial_norms: ``(rows,)`` norms that the layers return to.
         groups: the param group of each tensor.
 
     """
@@ -59,7 +72,7 @@ def turn(
     a, b = geometry.layca_coefficients(
         sums,
         _vector(chunk.per_row([group["lr"] for group in groups]), sums),
-        _norms(chunk, sums, initial_norms),
+        initial_norms.to(sums.dtype),
         None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
         tangent,
         fp32_products=not host,
@@ -68,15 +81,10 @@ def turn(
         for row, layer in zip(chunk.rows, chunk.layers, strict=True):
             layer.turn_on_device(a[row], b[row])
         return
-    if chunk.pieces[0].dtype == torch.float32:
-        # As the kernel will round them: what it makes of w·w is then known, and does not drift over the steps.
-        a, b = a.float().double(), b.float().double()
-    squares = (a.square() * sums[:, 2] - 2 * a * b * sums[:, 0] + b.square() * sums[:, 1]).tolist()
     scales, factors = a.tolist(), b.tolist()
     for row, layer in zip(chunk.rows, chunk.layers, strict=True):
         if scales[row] != 1.0 or factors[row] != 0.0:
             layer.turn(scales[row], factors[row])
-            layer.remember(squares[row])
 
 
 def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
@@ -92,18 +100,6 @@ def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
         if square > 0:
             tangent[row] = geometry.tangential_square(layer.ascent, layer.weights, along, square)
     return tangent
-
-
-def _norms(chunk: Chunk, sums: Tensor, initial_norms: Sequence[Tensor | None]) -> Tensor:
-    known = [norm for norm in initial_norms if norm is not None]
-    if len(known) == chunk.starts[-1] and chunk.is_whole:
-        return torch.stack(known).to(sums.dtype)  # the usual case in one call
-    return torch.cat(
-        [
-            sums[start:stop, 2].sqrt() if norm is None else local_tensor(norm).to(sums.dtype).view(-1)
-            for norm, start, stop in zip(initial_norms, chunk.starts, chunk.starts[1:], strict=False)
-        ]
-    )
 
 
 def _vector(values: list[Any], like: Tensor) -> Tensor:

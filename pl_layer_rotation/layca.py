@@ -21,7 +21,7 @@ from pl_layer_rotation._options import (
 )
 from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated
 from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
-from pl_layer_rotation._turning import sums_of_sharded_layers, sums_of_whole_layers, turn
+from pl_layer_rotation._turning import rows_of_norms, sums_of_sharded_layers, sums_of_whole_layers, turn
 
 _NORM = "initial_norm"
 _NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
@@ -231,7 +231,7 @@ class Layca(Optimizer):
         plan = self._plan
         if not self._told_resolution:
             self._tell_resolution(plan)
-        norms = self._new_norms(plan) if len(self.state) != plan.known else {}
+        new_norms = self._new_norms(plan) if len(self.state) != plan.known else {}
         plain_options = [_lent_options(group) for group in self.param_groups]
         options = [{**group, "lr": 1.0} for group in plain_options]
         changed: dict[int, ParamGroup] = {}
@@ -239,13 +239,14 @@ class Layca(Optimizer):
             changed.update(self._step_sharded(plan.sharded, options))
         for chunk in plan.whole:
             chunk.zero()
-            edited, initial = self._base.step(chunk.loan, options, self.state, norms)
-            turn(chunk, sums_of_whole_layers(chunk), initial, [self.param_groups[index] for index, _ in chunk.items])
+            edited, initial = self._base.step(chunk.loan, options, self.state, new_norms)
+            norms = rows_of_norms(chunk, initial)
+            turn(chunk, sums_of_whole_layers(chunk, norms), norms, self._groups_of(chunk))
             changed.update(edited)
         if plan.plain:
             if self._plain_base is not self._base:
                 plain_options = [self._plain_options(group) for group in self.param_groups]
-            changed.update(self._plain_base.step(plan.plain_loan, plain_options, self.state, norms)[0])
+            changed.update(self._plain_base.step(plan.plain_loan, plain_options, self.state, new_norms)[0])
         plan.known = len(self.state)
         for index, group in changed.items():
             self.param_groups[index].update(group)
@@ -409,8 +410,11 @@ class Layca(Optimizer):
         self._start(chunk, new, sums[:, 2].sqrt())
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
         norms = [self.state[p][_NORM] if p in self.state else None for _, p in chunk.items]
-        turn(chunk, sums, norms, [self.param_groups[index] for index, _ in chunk.items])
+        turn(chunk, sums, rows_of_norms(chunk, norms, sums), self._groups_of(chunk))
         return changed
+
+    def _groups_of(self, chunk: Chunk) -> list[ParamGroup]:
+        return [self.param_groups[index] for index, _ in chunk.items]
 
     def _start(self, chunk: Chunk, new: list[Tensor], norms: Tensor) -> None:
         """Remember the norms of the tensors that step for the first time; refuse zeros before anything moves."""

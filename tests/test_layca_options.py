@@ -224,6 +224,26 @@ def test_the_step_after_a_change_by_hand_turns_by_the_angle_and_restores_the_nor
         assert float(weight.detach().norm(dtype=torch.float64)) == pytest.approx(start, rel=1e-6)
 
 
+@pytest.mark.contract("O35")
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_resumed_training_reads_the_norms_that_the_uninterrupted_one_does(base: str) -> None:
+    """Bit by bit, for layers whose norm is not read in every step and wherever the training was cut."""
+
+    def step(tensor: nn.Parameter, optimizer: Layca, number: int) -> None:
+        tensor.grad = randn(150, 200, seed=number + 1)
+        optimizer.step()
+
+    weight = nn.Parameter(randn(150, 200))
+    straight = Layca([weight], lr=0.02, base=base)
+    for number in range(30):
+        other = nn.Parameter(weight.detach().clone())
+        resumed = Layca([other], lr=0.02, base=base)
+        resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+        step(weight, straight, number)
+        step(other, resumed, number)
+        assert torch.equal(weight, other)
+
+
 def test_norms_that_are_not_read_do_not_drift() -> None:
     weight = nn.Parameter(randn(200, 200))
     start = float(weight.detach().norm(dtype=torch.float64))
