@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation._scratch import rotates
+from pl_layer_rotation._sharding import local_tensor
 
 ParamGroup = dict[str, Any]
 
+# Key of the state that is Layca's own.
+NORM = "initial_norm"
 OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
 
 
@@ -80,3 +83,20 @@ def check_weight_decay(group: Mapping[str, Any]) -> None:
             f"`weight_decay` must be 0 in a rotating group, got {decay!r}: the norm of a rotating layer is fixed. "
             "Set it in a group with `rotate=False` only."
         )
+
+
+def check_state(
+    parameters: Sequence[Tensor], entries: Sequence[Mapping[str, Any]], describe: Callable[[Tensor], str]
+) -> None:
+    """Raise for the state of tensors of other shapes: a fused kernel would read and write past its end."""
+    for parameter, entry in zip(parameters, entries, strict=False):
+        if is_lazy(parameter):
+            continue
+        allowed = (parameter.shape, local_tensor(parameter).shape)
+        for key, value in entry.items():
+            of_tensor = isinstance(value, Tensor) and value.dim() > 0 and key != NORM
+            if of_tensor and value.shape not in allowed:
+                raise ValueError(
+                    "`state_dict` must come from an optimizer over the same tensors in the same order, got "
+                    f"{key} of shape {tuple(value.shape)} for {describe(parameter)}. Make the groups as they were."
+                )

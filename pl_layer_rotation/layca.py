@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import BaseOptimizer, BorrowedOptimizer, Loan, check_direction, resolve_base
 from pl_layer_rotation._options import (
+    NORM,
     OWN_OPTIONS,
     ParamGroup,
     check_leading_dims,
     check_lr,
+    check_state,
     check_weight_decay,
     make_two,
     options_of_base,
@@ -23,7 +25,6 @@ from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicate
 from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
 from pl_layer_rotation._turning import rows_of_norms, sums_of_sharded_layers, sums_of_whole_layers, turn
 
-_NORM = "initial_norm"
 _NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
 
 
@@ -151,10 +152,10 @@ class Layca(Optimizer):
         if plain_base is None:
             made = make_base([{**options_of_base(group), "params": group["params"]} for group in groups])
             options = made.param_groups
-            self._base = self._plain_base = BorrowedOptimizer(made, _NORM)
+            self._base = self._plain_base = BorrowedOptimizer(made, NORM)
         else:
             made, made_plain, options = make_two(make_base, make_plain, groups)
-            self._base, self._plain_base = BorrowedOptimizer(made, _NORM), BorrowedOptimizer(made_plain, _NORM)
+            self._base, self._plain_base = BorrowedOptimizer(made, NORM), BorrowedOptimizer(made_plain, NORM)
         defaults = {**self._base.optimizer.defaults, "lr": lr, **own}
         filled = [
             {**filled_in, "lr": lr, **{key: value for key, value in group.items() if key != "params"}}
@@ -259,7 +260,7 @@ class Layca(Optimizer):
         are, norms are those of the present weights, and a warning says so.
 
         Raises:
-            ValueError: As torch's optimizers, and if the state comes from another base.
+            ValueError: As torch's optimizers, and if the state comes from another base or other tensors.
 
         """
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
@@ -271,6 +272,10 @@ class Layca(Optimizer):
                     f"`state_dict` must come from Layca over {type(base).__name__}, got groups without "
                     f"{', '.join(missing)}. Make the optimizer with the base that was saved."
                 )
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if "fused" in self._base.optimizer.defaults:
+            check_state(parameters, [state_dict["state"].get(i, {}) for i in ids], self._describe)
         ours = [{key: g[key] for key in ("name", "lr", *OWN_OPTIONS) if key in g} for g in self.param_groups]
         plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
@@ -285,12 +290,10 @@ class Layca(Optimizer):
                 "Layca loaded the state of a plain optimizer: it keeps its own rates and options, and today's norms.",
                 stacklevel=2,
             )
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for i, parameter in zip(ids, parameters, strict=True):
-            norm = state_dict["state"].get(i, {}).get(_NORM)
+            norm = state_dict["state"].get(i, {}).get(NORM)
             if norm is not None:
-                self.state[parameter][_NORM] = norm.detach().to(parameter.device, copy=True)
+                self.state[parameter][NORM] = norm.detach().to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three fields only; a copy without its base could not step.
@@ -351,19 +354,19 @@ class Layca(Optimizer):
         """Let tensors that took plain steps before and turn from now on start from today's norm."""
         for _, parameter in plan.rotating:
             entry = self.state.get(parameter, {})
-            if _NORM in entry and not local_tensor(entry[_NORM]).any():
-                del entry[_NORM]
+            if NORM in entry and not local_tensor(entry[NORM]).any():
+                del entry[NORM]
 
     def _new_norms(self, plan: Plan) -> dict[Tensor, Tensor]:
         """Norms of the whole tensors that step for the first time.
 
         Plain tensors get a 0: checkpoints of sharded models need an entry for every stepped parameter.
         """
-        norms = {p: _zero_norm(p) for _, p in plan.plain if _NORM not in self.state.get(p, ())}
+        norms = {p: _zero_norm(p) for _, p in plan.plain if NORM not in self.state.get(p, ())}
         zeros = []
         for chunk in plan.whole:
             for position, (_, parameter) in enumerate(chunk.items):
-                if _NORM in self.state.get(parameter, ()):
+                if NORM in self.state.get(parameter, ()):
                     continue
                 layers = chunk.layers[chunk.starts[position] : chunk.starts[position + 1]]
                 squares = [geometry.step_sums(layer.weights, layer.weights, exact=True)[2] for layer in layers]
@@ -404,12 +407,12 @@ class Layca(Optimizer):
         chunk.zero()
         stepped = [position for position, (_, parameter) in enumerate(chunk.items) if parameter.grad is not None]
         loan = Loan([chunk.items[position] for position in stepped], [chunk.lent[position] for position in stepped])
-        new = [parameter for parameter in loan.parameters if _NORM not in self.state.get(parameter, ())]
+        new = [parameter for parameter in loan.parameters if NORM not in self.state.get(parameter, ())]
         changed = self._base.step(loan, options, self.state, {p: _zero_norm(p) for p in new})[0] if stepped else {}
         sums = sums_of_sharded_layers(chunk)
         self._start(chunk, new, sums[:, 2].sqrt())
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
-        norms = [self.state[p][_NORM] if p in self.state else None for _, p in chunk.items]
+        norms = [self.state[p][NORM] if p in self.state else None for _, p in chunk.items]
         turn(chunk, sums, rows_of_norms(chunk, norms, sums), self._groups_of(chunk))
         return changed
 
@@ -423,7 +426,7 @@ class Layca(Optimizer):
             position = chunk.position(parameter)
             start, stop = chunk.starts[position : position + 2]
             norm = norms[start:stop].view(chunk.leading_shapes[position]).to(_norm_dtype(parameter), copy=True)
-            self.state[parameter][_NORM] = replicated(norm, parameter)
+            self.state[parameter][NORM] = replicated(norm, parameter)
             if not norm.all():
                 zeros.append(parameter)
         self._check_zeros(zeros)

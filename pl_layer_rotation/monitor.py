@@ -24,7 +24,14 @@ from pl_layer_rotation._lightning import (
     stepped_batches,
     wandb_loggers,
 )
-from pl_layer_rotation._sharding import local_piece, local_tensor, shard_count, sum_over_processes, whole_tensor
+from pl_layer_rotation._sharding import (
+    local_piece,
+    local_tensor,
+    original_shape,
+    shard_count,
+    sum_over_processes,
+    whole_tensor,
+)
 from pl_layer_rotation.history import RotationHistory, log_keys
 from pl_layer_rotation.layer_selection import select_layers
 
@@ -236,7 +243,7 @@ class LayerRotationMonitor(CallbackBase):
         reference: Mapping[str, Tensor] = state["reference"]
         self.history = RotationHistory.from_state_dict(state["history"])
         self._latest, self._ends_with_extra_row = None, False
-        held = {n: w for n, w in layers.items() if n in reference and reference[n].shape == w.shape}
+        held = {n: w for n, w in layers.items() if n in reference and reference[n].shape == original_shape(w)}
         self._references = {name: local_piece(reference[name], weight) for name, weight in held.items()}
         self._whole = {name: reference[name] for name, weight in held.items() if shard_count(weight) > 1}
         lost = [name for name in layers if name not in self._references]
@@ -249,7 +256,7 @@ class LayerRotationMonitor(CallbackBase):
         new = [n for n, w in local.items() if n not in self._references or self._references[n].shape != w.shape]
         for name in new:
             self._take_reference(name, layers[name])
-        shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
+        shapes = {name: tuple(original_shape(weight)) for name, weight in layers.items()}
         known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
         gone = {name: shape for name, shape in known.items() if name not in shapes}
         everything = {**shapes, **gone}

@@ -59,6 +59,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: in
         optimizer.step()
 
 
+@pytest.mark.contract("O1")
 @every_base
 @pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"foreach": False}], ids=["default", "foreach", "loop"])
 def test_sixty_steps_equal_the_four_steps_of_the_paper(
@@ -96,6 +97,7 @@ def layers(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
 
 
+@pytest.mark.contract("O1")
 @every_base
 @pytest.mark.parametrize("lr", [1e-6, 3**-5, 3**-3, 1.0])
 def test_a_step_turns_by_the_requested_angle(base: Any, options: dict[str, Any], twin: Any, lr: float) -> None:
@@ -111,6 +113,7 @@ def test_a_step_turns_by_the_requested_angle(base: Any, options: dict[str, Any],
             assert norm(new) == pytest.approx(norm(old), rel=1e-6)
 
 
+@pytest.mark.contract("O3")
 @pytest.mark.parametrize(("base", "scale"), [("SGD", 1e-30), ("SGD", 1e30), ("Adam", 1e-30)])
 def test_the_scale_of_gradients_does_not_matter(base: str, scale: float) -> None:
     tensors, scaled = layers(), layers()
@@ -127,6 +130,7 @@ def test_the_scale_of_gradients_does_not_matter(base: str, scale: float) -> None
         assert angle(old, other) > 3**-3
 
 
+@pytest.mark.contract("O2")
 def test_the_norm_is_kept_over_ten_thousand_steps() -> None:
     weight = nn.Parameter(torch.randn(20, 30, generator=torch.Generator().manual_seed(0)))
     start = norm(weight)
@@ -137,6 +141,7 @@ def test_the_norm_is_kept_over_ten_thousand_steps() -> None:
     assert norm(weight) == pytest.approx(start, rel=1e-6)
 
 
+@pytest.mark.contract("O1")
 @pytest.mark.parametrize("sine", [1e-1, 1e-3, 1e-5])
 def test_nearly_radial_steps_turn_by_the_requested_angle(sine: float) -> None:
     weight = nn.Parameter(torch.randn(200, 300, generator=torch.Generator().manual_seed(0)))
@@ -148,6 +153,7 @@ def test_nearly_radial_steps_turn_by_the_requested_angle(sine: float) -> None:
     assert angle(before, weight) == pytest.approx(math.atan(0.1), rel=1e-4)
 
 
+@pytest.mark.contract("O5", "O8")
 @pytest.mark.parametrize("gradient", ["zero", "radial", "none"])
 def test_without_a_direction_a_layer_stays_bitwise(gradient: str) -> None:
     weight = nn.Parameter(torch.randn(30, 20))
@@ -157,6 +163,7 @@ def test_without_a_direction_a_layer_stays_bitwise(gradient: str) -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.contract("O5")
 def test_a_learning_rate_of_zero_moves_nothing_but_builds_the_state() -> None:
     net = network()
     before = copy.deepcopy(net)
@@ -166,6 +173,7 @@ def test_a_learning_rate_of_zero_moves_nothing_but_builds_the_state() -> None:
     assert all({"exp_avg", "initial_norm"} <= optimizer.state[p].keys() for p in net.parameters())
 
 
+@pytest.mark.contract("O6")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_gradient_reaches_its_layer_and_no_other(bad: float) -> None:
     tensors, alone = layers(), layers()
@@ -178,6 +186,7 @@ def test_a_bad_gradient_reaches_its_layer_and_no_other(bad: float) -> None:
     assert all(torch.equal(tensors[i], alone[i]) for i in (0, 2, 3))
 
 
+@pytest.mark.contract("O7")
 def test_a_layer_of_zeros_is_refused_by_name() -> None:
     net = nn.ModuleDict({"a": nn.Linear(3, 3), "lora_b": nn.Linear(3, 2, bias=False)})
     nn.init.zeros_(net["lora_b"].weight)
@@ -199,6 +208,7 @@ def test_tensors_that_fsdp1_flattened_are_refused() -> None:
         Layca([weight]).step()
 
 
+@pytest.mark.contract("O8", "O16")
 @every_base
 def test_plain_tensors_take_the_steps_of_the_base(base: Any, options: dict[str, Any], twin: Any) -> None:
     tensors = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.tensor([[2.0]]))]
@@ -225,6 +235,7 @@ def test_plain_tensors_take_the_steps_of_the_base(base: Any, options: dict[str, 
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.contract("O10")
 def test_maximize_turns_the_other_way() -> None:
     (weight,), (mirror,) = layers()[:1], layers()[:1]
     before = weight.detach().clone()
@@ -253,6 +264,7 @@ def layout(kind: str) -> nn.Parameter:
     return nn.Parameter(torch.randn(8, 4, 3, 6, generator=torch.Generator().manual_seed(0))[..., ::2])
 
 
+@pytest.mark.contract("O9")
 @pytest.mark.parametrize("kind", ["channels_last", "transposed", "sliced"])
 def test_the_layout_of_weights_is_kept_and_does_not_matter(kind: str) -> None:
     weight = layout(kind)
@@ -267,6 +279,7 @@ def test_the_layout_of_weights_is_kept_and_does_not_matter(kind: str) -> None:
     torch.testing.assert_close(weight, plain, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.contract("O21", "O26")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.complex64, 1e-5)]
 )
@@ -290,6 +303,7 @@ def test_layers_larger_than_the_scratch_and_many_small_ones() -> None:
         assert angle(old, new) == pytest.approx(math.atan(0.05), rel=1e-5)
 
 
+@pytest.mark.contract("O1")
 @given(
     lr=st.floats(1e-3, 2.0),
     shape=st.sampled_from([(2, 1), (3, 2), (5, 4, 2), (4, 3, 2, 2)]),
@@ -316,6 +330,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.contract("O12", "O13", "O35")
 @every_base
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
@@ -338,6 +353,7 @@ def test_training_goes_on_bit_by_bit(
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.contract("O35", "O36")
 def test_loading_leaves_the_given_state_alone_and_keeps_norms_exact() -> None:
     net = network(torch.bfloat16)
     optimizer = Layca(net.parameters())
@@ -350,6 +366,7 @@ def test_loading_leaves_the_given_state_alone_and_keeps_norms_exact() -> None:
     assert [float(n) for n in norms] == [float(entry["initial_norm"]) for entry in before["state"].values()]
 
 
+@pytest.mark.contract("O37")
 def test_the_state_of_another_base_is_refused_by_name() -> None:
     state = Layca(layers(), base="SGD").state_dict()
     with pytest.raises(
@@ -358,6 +375,18 @@ def test_the_state_of_another_base_is_refused_by_name() -> None:
         Layca(layers(), base="AdamW").load_state_dict(state)
 
 
+@pytest.mark.contract("O37")
+def test_the_state_of_other_tensors_is_refused_before_a_kernel_reads_past_its_end() -> None:
+    saved, ours = nn.Linear(3, 2, bias=False), nn.Linear(5, 4, bias=False)
+    optimizer = Layca(saved.parameters(), base="AdamW")
+    random_gradients(list(saved.parameters()), 0)
+    optimizer.step()
+    message = r"`state_dict` must come from .* got exp_avg of shape \(2, 3\) for parameter 0 of group 0 \(4, 5\)"
+    with pytest.raises(ValueError, match=message):
+        Layca(ours.parameters(), base="AdamW").load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.contract("O37")
 def test_the_state_of_the_plain_base_leaves_our_options_as_they_are() -> None:
     first, second = layers()[:2]
     groups = [{"params": [first], "lr": 1e-3, "weight_decay": 0.1}, {"params": [second], "lr": 1e-3}]
@@ -391,6 +420,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.contract("O33")
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_see_an_ordinary_optimizer(make: Any) -> None:
     def groups() -> list[dict[str, Any]]:
@@ -412,6 +442,7 @@ def test_schedulers_see_an_ordinary_optimizer(make: Any) -> None:
             assert [g[key] for g in ours.param_groups] == [g[key] for g in theirs.param_groups]
 
 
+@pytest.mark.contract("O34")
 def test_schedulers_act_after_a_state_was_loaded() -> None:
     (weight,) = layers()[:1]
     optimizer = Layca([weight], lr=0.1)
@@ -425,6 +456,7 @@ def test_schedulers_act_after_a_state_was_loaded() -> None:
     assert angle(before, weight) == pytest.approx(math.atan(0.05), rel=1e-5)
 
 
+@pytest.mark.contract("O18")
 def test_a_tensor_lr_stays_a_tensor_and_is_obeyed() -> None:
     (weight,) = layers()[1:2]
     rate = torch.tensor(0.1)
@@ -436,6 +468,7 @@ def test_a_tensor_lr_stays_a_tensor_and_is_obeyed() -> None:
     assert angle(before, weight) == pytest.approx(math.atan(0.1), rel=1e-5)
 
 
+@pytest.mark.contract("O23")
 def test_a_group_added_later_takes_the_defaults() -> None:
     first, second = layers()[:2]
     optimizer = Layca([first], lr=0.1, base="AdamW")
@@ -449,6 +482,7 @@ def test_a_group_added_later_takes_the_defaults() -> None:
     assert angle(before, second) == pytest.approx(math.atan(0.1), rel=1e-5)
 
 
+@pytest.mark.contract("O19")
 def test_the_closure_runs_once_with_gradients_and_its_loss_comes_back() -> None:
     net = network()
     optimizer = Layca(net.parameters())
@@ -466,6 +500,7 @@ def test_the_closure_runs_once_with_gradients_and_its_loss_comes_back() -> None:
     assert optimizer.step() is None
 
 
+@pytest.mark.contract("O22")
 def test_hooks_fire_once_a_step() -> None:
     (weight,) = layers()[:1]
     optimizer = Layca([weight], base="Adam")
@@ -482,6 +517,7 @@ def test_hooks_fire_once_a_step() -> None:
     assert seen == ["pre", "post", "Layca"]
 
 
+@pytest.mark.contract("O20")
 @every_base
 def test_freezing_and_unfreezing_between_steps(base: Any, options: dict[str, Any], twin: Any) -> None:
     kernels = [{}, {"foreach": True}, {"foreach": False}]
@@ -499,6 +535,7 @@ def test_freezing_and_unfreezing_between_steps(base: Any, options: dict[str, Any
         assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(results[0], other, strict=True))
 
 
+@pytest.mark.contract("O24")
 def test_an_exception_of_the_base_leaves_the_weights_alone() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     before = embedding.weight.detach().clone()
@@ -512,6 +549,7 @@ def test_an_exception_of_the_base_leaves_the_weights_alone() -> None:
     assert angle(before, embedding.weight) == pytest.approx(math.atan(3**-3), rel=1e-5)
 
 
+@pytest.mark.contract("O28")
 def test_no_gradient_is_kept_alive() -> None:
     (weight,) = layers()[:1]
     optimizer = Layca([weight], base="Adam")
@@ -522,6 +560,7 @@ def test_no_gradient_is_kept_alive() -> None:
     assert reference() is None
 
 
+@pytest.mark.contract("O6", "O40")
 @pytest.mark.parametrize("fused", [None, True])
 def test_an_overflow_under_a_gradient_scaler_is_skipped_whole(fused: bool | None) -> None:
     net = network()
@@ -565,6 +604,7 @@ class NeedsTheWeights(torch.optim.SGD):
                 parameter.add_(parameter.abs() * parameter.grad, alpha=-group["lr"])
 
 
+@pytest.mark.contract("O14", "O42")
 @pytest.mark.parametrize("base", [NeedsTheWeights, torch.optim.LBFGS, torch.optim.SparseAdam])
 def test_a_base_that_needs_more_than_gradients_is_refused_by_name(base: Any) -> None:
     message = f"`base` must give a direction that depends on gradients alone, got {base.__name__}, which needs"
@@ -584,6 +624,7 @@ def test_the_other_optimizers_of_torch_are_taken(base: str) -> None:
     assert angle(before, weight) == pytest.approx(math.atan(0.1), rel=1e-5)
 
 
+@pytest.mark.contract("O14")
 @pytest.mark.parametrize("lr", [-0.1, math.nan, math.inf, "fast", None])
 def test_a_bad_lr_is_refused(lr: Any) -> None:
     message = rf"`lr` must be a finite number of at least 0, got {lr!r}\. Try 3\*\*-3, an angle of 2\.1 degrees\."
@@ -593,6 +634,7 @@ def test_a_bad_lr_is_refused(lr: Any) -> None:
         Layca([{"params": layers(), "lr": lr}])
 
 
+@pytest.mark.contract("O14")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -622,6 +664,7 @@ def test_bad_options_are_named_with_their_mend(options: dict[str, Any], error: t
         Layca(layers(), **options)
 
 
+@pytest.mark.contract("O14")
 def test_weight_decay_acts_in_plain_groups_only() -> None:
     rotating, plain = layers()[:2]
     groups = [{"params": [rotating]}, {"params": [plain], "rotate": False, "weight_decay": 0.2}]
@@ -631,6 +674,7 @@ def test_weight_decay_acts_in_plain_groups_only() -> None:
         Layca([{"params": [rotating], "weight_decay": 0.3}], base="AdamW")
 
 
+@pytest.mark.contract("O14")
 def test_parameters_are_refused_as_torch_refuses_them() -> None:
     weight = layers()[0]
     with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
@@ -643,6 +687,7 @@ def test_parameters_are_refused_as_torch_refuses_them() -> None:
         Layca([weight * 2])
 
 
+@pytest.mark.contract("O15")
 def test_named_parameters_keep_their_names() -> None:
     net = network()
     optimizer = Layca(net.named_parameters(), base="Adam")
@@ -651,6 +696,7 @@ def test_named_parameters_keep_their_names() -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
 
 
+@pytest.mark.contract("O32")
 def test_equal_runs_are_bitwise_equal_and_draw_no_random_numbers() -> None:
     results = []
     for _ in range(2):

@@ -98,6 +98,7 @@ def resume_sharded(rank: int, options: dict[str, Any], form: dict[str, Any]) -> 
 FORMS: dict[str, dict[str, Any]] = {"sharded": {}, "flattened": {"flatten_optimizer_state_dict": True}}
 
 
+@pytest.mark.contract("O38")
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES)
 def test_a_distributed_state_resumes_bit_by_bit(options: dict[str, Any], form: dict[str, Any]) -> None:
