@@ -88,6 +88,10 @@ class Loan:
         )
         self.strides = [tensor.stride() for tensor in lent] if self.fusable else []
 
+    def has_sparse(self) -> bool:
+        """Whether a gradient is sparse."""
+        return any(p.grad is not None and p.grad.layout is not torch.strided for p in self.parameters)
+
     def can_fuse(self) -> bool:
         """Whether gradients lie in memory as the lent tensors do: fused kernels pair elements by their place there."""
         return self.fusable and all(
@@ -175,6 +179,33 @@ class BorrowedOptimizer:
         changed = {index: {k: v for k, v in group.items() if k not in kept} for index, group in groups.items()}
         return changed, [value for value in hidden if value is not None]
 
+    def fill_in(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """What older checkpoints lack or write otherwise, in place, as the optimizer's class reads it."""
+        entries = {
+            parameter: {k: v for k, v in entry.items() if k != self.hidden} for parameter, entry in state.items()
+        }
+        entries = {parameter: entry for parameter, entry in entries.items() if entry}
+        try:
+            self.optimizer.__setstate__({"param_groups": groups, "state": entries})
+        finally:
+            self._empty()
+        for parameter, entry in entries.items():
+            state[parameter].update(entry)
+
+    def state_keys(self, options: Mapping[str, Any]) -> set[str]:
+        """What the optimizer remembers of a tensor after a step with these options; nothing where it cannot step."""
+        trial = object.__new__(type(self.optimizer))
+        vars(trial).update(vars(self.optimizer))
+        tensor = nn.Parameter(torch.ones(2, 2))
+        tensor.grad = torch.ones(2, 2)
+        trial.param_groups, trial.state = [{**options, "params": [tensor]}], defaultdict(dict)
+        try:
+            with torch.no_grad():
+                run_step(trial)
+        except Exception:
+            return set()
+        return set(trial.state[tensor])
+
     def _groups(self, loan: Loan, options: Sequence[Mapping[str, Any]], fuse: bool) -> dict[int, dict[str, Any]]:
         groups: dict[int, dict[str, Any]] = {}
         latest: Mapping[str, Any] | None = None
@@ -218,54 +249,84 @@ def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     )
 
 
-def run_step(optimizer: Optimizer) -> None:
+def run_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
     """The optimizer's step as its class wrote it, without hooks: global step hooks must see Layca's step only."""
     step = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer)
+    step(optimizer, closure) if closure else step(optimizer)
 
 
 def check_direction(make_base: Callable[[Any], Optimizer], options: Mapping[str, Any]) -> None:
     """Refuse a base whose direction depends on the weights, which it never sees: it steps zeros in their place.
 
-    Four steps on a small matrix: the tangential part of the base's step must be the same from the weights and from
-    zeros. Schedule-free methods, Prodigy and the like fail; a base that cannot take these steps at all (it wants other
-    shapes or devices) is left to show that itself.
+    Eight steps on a small matrix that moves, small and as large as the base's own: the tangential part of each must be
+    that of a step from zeros. Methods that average the weights, or measure how far they have come, differ once the
+    weights moved on by more than round-off, and only if gradients agree with each other. A base that cannot take these
+    steps at all (it wants other shapes or devices) is left to show that itself.
 
     Raises:
         ValueError: If the directions differ by more than 1e-4 rad, or the base needs a closure or sparse gradients.
 
     """
     generator = torch.Generator().manual_seed(0)
-    weights, *gradients = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(5))
-    real, stand_in = nn.Parameter(weights.clone()), nn.Parameter(torch.zeros_like(weights))
-    worst, name = 0.0, "the base"
-    try:
-        bases = [make_base([{**options, "params": [tensor]}]) for tensor in (real, stand_in)]
+    weights, trend, *noise = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(10))
+    gradients = [0.7 * trend + 0.3 * random for random in noise]
+    refused, name = False, "the base"
+    for lr in (1e-3, None):
+        real, stand_in = nn.Parameter(weights.clone()), nn.Parameter(torch.zeros_like(weights))
+        try:
+            bases = [make_base([{**options, "params": [tensor]}]) for tensor in (real, stand_in)]
+        except Exception:
+            return
         name = type(bases[0]).__name__
-        for base, lr in zip(bases, (1e-3, 1.0), strict=True):
-            base.param_groups[0].update(
-                {"lr": lr, **({"weight_decay": 0.0} if "weight_decay" in base.defaults else {})}
+        for base, rate in zip(bases, (lr, 1.0), strict=True):
+            group = base.param_groups[0]
+            if rate is not None:
+                group["lr"] = rate
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
+        try:
+            refused |= isinstance(bases[0], (torch.optim.LBFGS, torch.optim.SparseAdam)) or any(
+                _apart(bases, real, stand_in, gradient) > _SAME_DIRECTION for gradient in gradients
             )
-        if isinstance(bases[0], (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            worst = math.inf
-        for gradient in gradients if not worst else ():
-            directions = []
-            for base, tensor, start in zip(bases, (real, stand_in), (weights, torch.zeros_like(weights)), strict=True):
-                tensor.data.copy_(start)
-                tensor.grad = gradient.clone()
-                with torch.no_grad():
-                    run_step(base)
-                directions.append(_tangential(tensor.detach() - start, weights))
-            worst = max(worst, 2 * math.asin(min(1.0, float((directions[0] - directions[1]).norm()) / 2)))
-    except Exception:
-        return
-    if worst > _SAME_DIRECTION:
+        except Exception:
+            refused |= _needs_closure(make_base, options)
+    if refused:
         raise ValueError(
             f"`base` must give a direction that depends on gradients alone, got {name}, which needs the weights, a "
             "closure or sparse gradients. Use for instance SGD, AdamW, RMSprop or Adagrad."
         )
+
+
+def _apart(bases: Sequence[Optimizer], real: Tensor, stand_in: Tensor, gradient: Tensor) -> float:
+    """Angle between the tangential parts of one step of moving weights and one from zero."""
+    start = real.detach().clone()
+    stand_in.data.zero_()
+    for base, tensor in zip(bases, (real, stand_in), strict=True):
+        tensor.grad = gradient.clone()
+        with torch.no_grad():
+            run_step(base)
+    apart = _tangential(real.detach() - start, start) - _tangential(stand_in.detach().clone(), start)
+    return 2 * math.asin(min(1.0, float(apart.norm()) / 2))
+
+
+def _needs_closure(make_base: Callable[[Any], Optimizer], options: Mapping[str, Any]) -> bool:
+    """Whether a base that failed to step would step with a closure."""
+    tensor = nn.Parameter(torch.ones(4, 6, dtype=torch.float64))
+    tensor.grad = torch.ones_like(tensor)
+
+    def closure() -> Tensor:
+        tensor.grad = torch.ones_like(tensor)
+        return torch.ones(())
+
+    try:
+        base = make_base([{**options, "params": [tensor]}])
+        with torch.no_grad():
+            run_step(base, closure)
+    except Exception:
+        return False
+    return True
 
 
 def _tangential(step: Tensor, weights: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ _SAFE_SQUARES = (1e-30, 1e30)
 _RADIAL_STEP = 1e-12
 # The same where products are rounded to fp32 and nobody can look whether they should be taken again.
 _RADIAL_DEVICE_STEP = 1e-6
+# Rates below cannot move weights of any dtype; keeping the norm would still round some.
+_NO_TURN = 1e-20
 # Below this share the tangential part of fp32 sums has lost the digits that an exact angle needs.
 _NEARLY_RADIAL_STEP = 1e-2
 # Share of the requested motion that normally distributed bfloat16 weights make, by lr.
@@ -176,7 +178,7 @@ def layca_coefficients(
     k = initial_norm / grown.sqrt()
     # A NaN compares as False and stays.
     still = used <= (_RADIAL_DEVICE_STEP if fp32_products else _RADIAL_STEP) * step_square
-    moves = still.logical_or_(lr == 0).logical_or_(step_square == 0).logical_not_()
+    moves = still.logical_or_(lr < _NO_TURN).logical_or_(step_square == 0).logical_not_()
     return torch.where(moves, k * (1 + q * ratio), 1.0), torch.where(moves, k * q, 0.0)
 
 

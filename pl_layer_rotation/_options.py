@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pl_layer_rotation._base_optimizer import BorrowedOptimizer
 from pl_layer_rotation._scratch import rotates
 from pl_layer_rotation._sharding import local_tensor
 
@@ -100,3 +101,27 @@ def check_state(
                     "`state_dict` must come from an optimizer over the same tensors in the same order, got "
                     f"{key} of shape {tuple(value.shape)} for {describe(parameter)}. Make the groups as they were."
                 )
+
+
+def check_keys(
+    group: ParamGroup,
+    saved: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    base_of: Callable[[bool], BorrowedOptimizer],
+) -> None:
+    """Raise for the saved state of a base with other entries, which would be missed at a step."""
+    needed: dict[bool, set[str]] = {}
+    for parameter, entry in zip(group["params"], entries, strict=False):
+        keys = entry.keys() - {NORM}
+        if not keys:
+            continue
+        turns = not is_lazy(parameter) and rotates(parameter, group)
+        base = base_of(turns)
+        if turns not in needed:
+            needed[turns] = base.state_keys({**options_of_base({**group, **saved}), "lr": 1.0})
+        missing = needed[turns] - keys
+        if missing:
+            raise ValueError(
+                f"`state_dict` must come from Layca over {type(base.optimizer).__name__}, got a state without "
+                f"{', '.join(sorted(missing))}. Make the optimizer with the base that was saved."
+            )

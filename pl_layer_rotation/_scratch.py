@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parameter import is_lazy
 
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import Loan
@@ -198,6 +199,8 @@ class Plan:
         sharded: list[Item] = []
         for index, group in enumerate(groups):
             for parameter in group["params"]:
+                if is_lazy(parameter):
+                    continue  # neither shape nor gradient yet
                 if rotates(parameter, group):
                     if shard_count(parameter) > 1:
                         if parameter.requires_grad:
@@ -227,6 +230,9 @@ def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:
     for group in groups:
         key += [group["rotate"], group["leading_dims"]]
         for parameter in group["params"]:
+            if is_lazy(parameter):
+                key.append(id(parameter))  # no memory yet
+                continue
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             key += [id(parameter), parameter.grad is None, local.data_ptr(), local.stride(), parameter.requires_grad]
     return key

@@ -1,5 +1,6 @@
 """Layca: any torch optimizer gives the direction, each layer turns towards it by a set angle."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -14,6 +15,7 @@ from pl_layer_rotation._options import (
     NORM,
     OWN_OPTIONS,
     ParamGroup,
+    check_keys,
     check_leading_dims,
     check_lr,
     check_state,
@@ -21,7 +23,7 @@ from pl_layer_rotation._options import (
     make_two,
     options_of_base,
 )
-from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated
+from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated, rotates
 from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
 from pl_layer_rotation._turning import rows_of_norms, sums_of_sharded_layers, sums_of_whole_layers, turn
 
@@ -46,16 +48,20 @@ class Layca(Optimizer):
     normalizations and layers of zeros on the plain side: here only the number of dimensions tells a layer from other
     tensors.
 
-    - A zero or radial step leaves a layer bitwise as it is. A NaN in the gradient reaches the weights, as with torch's
-      optimizers. A complex layer turns as the real vector of its parts.
+    - A zero or radial step leaves a layer bitwise as it is; after momentum has built up, a zero gradient still turns
+      it. A NaN in the gradient reaches the weights, as with torch's optimizers. A complex layer turns as the real vector
+      of its parts.
     - The norm is that at the layer's first step and is kept in the state. Weights that you change by hand later return
-      to that norm at the next step.
+      to that norm at the next step (a change through ``.data`` of few elements of a large layer: within some dozens).
     - The scale of the loss has no effect over bases that follow it (SGD), and gradient clipping only changes how much
       each step weighs in their momentum.
     - Weight decay has no place in a rotating group: the norm is fixed. An explicit value there is an error; a base's
       default (AdamW's 0.01, or what a function sets) is 0 there. Plain groups keep it.
-    - A base steps zeros in the place of the weights. One that scales its step by the norm of the weights (LAMB, LARS,
-      Adafactor) loses that scale, which the angle replaces; one that turns its step by the weights is refused.
+    - A base steps zeros in the place of the weights. One that scales its step by the norm of the weights (LAMB, torch's
+      Adafactor) loses that scale, which the angle replaces; one whose direction depends on them (LARS, Nero,
+      schedule-free methods, Prodigy, D-Adaptation) is refused. ASGD's average ``ax`` says nothing about the weights.
+    - A base that takes no sparse gradients raises before anything moves. No random numbers are drawn; equal runs are
+      bitwise equal.
     - Weights in bfloat16 cannot follow small angles: at lr 1e-3 rounding leaves half of the motion. The first step
       below 3e-3 warns.
     - Shapes are looked at in :meth:`step` only: modules may be lazy or on the meta device before.
@@ -64,7 +70,8 @@ class Layca(Optimizer):
     - On an accelerator no step after the first waits for the device. Products are taken in fp32 there, so that a step
       of which less than a thousandth is tangential counts as radial; on the CPU and for shards it is a millionth.
     - lr and all options live in ``param_groups``, the base's state and ``initial_norm`` in ``state``, keyed by the real
-      parameters: schedulers, ``state_dict`` and gradient scalers see an ordinary optimizer.
+      parameters: schedulers, ``state_dict`` and gradient scalers see an ordinary optimizer. As with torch's SGD, a full
+      distributed state cannot carry SGD without momentum.
 
     In LightningCLI the class is an optimizer like torch's. Options of the base go to the base, as ``init_args`` of its
     class path (Lightning drops ``dict_kwargs`` of an optimizer without a word)::
@@ -150,7 +157,10 @@ class Layca(Optimizer):
             check_direction(make_base, options_of_base(rotating))
         # The bases check their own options and supply their defaults; then they are emptied.
         if plain_base is None:
-            made = make_base([{**options_of_base(group), "params": group["params"]} for group in groups])
+            with warnings.catch_warnings():
+                # torch says so again where Layca takes the groups itself.
+                warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
+                made = make_base([{**options_of_base(group), "params": group["params"]} for group in groups])
             options = made.param_groups
             self._base = self._plain_base = BorrowedOptimizer(made, NORM)
         else:
@@ -182,6 +192,8 @@ class Layca(Optimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; options that it lacks take the defaults given at construction.
 
+        Shapes alone decide what rotates in it: a two-dimensional embedding does.
+
         Raises:
             ValueError: As torch's optimizers, and for a bad lr, leading_dims or weight decay in a rotating group.
 
@@ -199,7 +211,9 @@ class Layca(Optimizer):
         super().add_param_group(param_group)
         if any("name" in group for group in self.param_groups[:-1]):
             # Callbacks that unfreeze layers add groups without a name; loggers tell named ones apart.
-            self.param_groups[-1].setdefault("name", f"group{len(self.param_groups) - 1}")
+            taken = {group.get("name") for group in self.param_groups}
+            free = (f"group{number}" for number in itertools.count(len(self.param_groups) - 1))
+            self.param_groups[-1].setdefault("name", next(name for name in free if name not in taken))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -238,16 +252,20 @@ class Layca(Optimizer):
         changed: dict[int, ParamGroup] = {}
         if plan.sharded is not None:
             changed.update(self._step_sharded(plan.sharded, options))
-        for chunk in plan.whole:
-            chunk.zero()
-            edited, initial = self._base.step(chunk.loan, options, self.state, new_norms)
-            norms = rows_of_norms(chunk, initial)
-            turn(chunk, sums_of_whole_layers(chunk, norms), norms, self._groups_of(chunk))
+        if self._plain_base is not self._base:
+            plain_options = [self._plain_options(group) for group in self.param_groups]
+        calls: list[tuple[Loan, Chunk | None]] = [(chunk.loan, chunk) for chunk in plan.whole]
+        calls += [(plan.plain_loan, None)] if plan.plain else []
+        # A base that takes no sparse gradients says so before it moves anything: calls with one go first.
+        for loan, chunk in sorted(calls, key=lambda call: not call[0].has_sparse()):
+            if chunk is None:
+                edited, _ = self._plain_base.step(loan, plain_options, self.state, new_norms)
+            else:
+                chunk.zero()
+                edited, initial = self._base.step(loan, options, self.state, new_norms)
+                norms = rows_of_norms(chunk, initial)
+                turn(chunk, sums_of_whole_layers(chunk, norms), norms, self._groups_of(chunk))
             changed.update(edited)
-        if plan.plain:
-            if self._plain_base is not self._base:
-                plain_options = [self._plain_options(group) for group in self.param_groups]
-            changed.update(self._plain_base.step(plan.plain_loan, plain_options, self.state, new_norms)[0])
         plan.known = len(self.state)
         for index, group in changed.items():
             self.param_groups[index].update(group)
@@ -276,6 +294,9 @@ class Layca(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if "fused" in self._base.optimizer.defaults:
             check_state(parameters, [state_dict["state"].get(i, {}) for i in ids], self._describe)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            entries = [state_dict["state"].get(i, {}) for i in saved["params"]]
+            check_keys(group, saved, entries, lambda turns: self._base if turns else self._plain_base)
         ours = [{key: g[key] for key in ("name", "lr", *OWN_OPTIONS) if key in g} for g in self.param_groups]
         plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
@@ -309,6 +330,11 @@ class Layca(Optimizer):
         for group in self.param_groups:
             for option in OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
+        # The bases know what older checkpoints lack, and that a count of steps was a number once.
+        turning = {p for group in self.param_groups for p in group["params"] if p in self.state and rotates(p, group)}
+        for base, turns in ((self._base, True), (self._plain_base, False)):
+            groups = [group for group in self.param_groups if bool(group["rotate"]) is turns]
+            base.fill_in(groups, {p: entry for p, entry in self.state.items() if (p in turning) is turns})
 
     def _tell_resolution(self, plan: Plan) -> None:
         """Warn once where bfloat16 weights round most of a step away."""

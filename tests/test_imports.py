@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "param_groups": {"layer_selection", "_sharding"},
     "_scratch": {"_geometry", "_sharding", "_base_optimizer"},
     "_turning": {"_geometry", "_sharding", "_scratch"},
-    "_options": {"_scratch", "_sharding"},
+    "_options": {"_scratch", "_sharding", "_base_optimizer"},
     "layca": {"layer_selection", "_geometry", "_sharding", "_base_optimizer", "_scratch", "_turning", "_options"},
     "_schedules": set(),
     "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
