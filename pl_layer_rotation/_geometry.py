@@ -26,6 +26,8 @@ _DEVICE_CHUNK = 1 << 22
 _RADIAL_LIMIT = 16.0
 # Sums of squares outside of this range under- or overflow in fp32 products.
 _SAFE_SQUARES = (1e-30, 1e30)
+# Cosine distance below which a layer counts as still.
+_STILL = 1e-8
 # Share of the step that must be tangential: below, a step is radial and its direction round-off.
 _RADIAL_STEP = 1e-12
 # The same where products are rounded to fp32 and nobody can look whether they should be taken again.
@@ -89,6 +91,18 @@ def cosine_distance(sums: Tensor) -> Tensor:
 def angle(distance: Tensor) -> Tensor:
     """Angle in radians of a cosine distance."""
     return torch.atan2((distance * (2 - distance)).sqrt(), 1 - distance)
+
+
+def straightness(distance: Tensor, path_square: Tensor, momentum: float) -> Tensor:
+    """Angle from the start over the angle that a random walk of the same steps would have reached.
+
+    ``arccos(1 - R) / arccos(exp(-c·S / 2))`` with the cosine distance ``R``, the sum ``S`` of the squared angles of all
+    steps (radians), and ``c = (1 + m) / (1 - m)`` for how momentum ``m`` keeps steps parallel. 1 is a random walk;
+    larger is straighter. NaN below a distance of 1e-8, where rounding is larger than the motion.
+    """
+    factor = (1 + momentum) / (1 - momentum)
+    walk = angle(-torch.expm1(-0.5 * factor * path_square))
+    return (angle(distance) / walk).where((distance >= _STILL) & (path_square > 0), torch.nan)
 
 
 def norm_ratio(sums: Tensor, scales: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the monitor asks of Lightning beyond its documented hooks, in one place."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,15 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
         optimizer = getattr(optimizer, "optimizer", optimizer)
         name = type(optimizer).__name__
         facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name
-        facts["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        group = optimizer.param_groups[0]
+        facts["learning_rate"] = float(group["lr"])
+        # The base of Layca keeps its options in the same places.
+        facts["base"] = optimizer.base_class.__name__ if isinstance(optimizer, Layca) else name
+        momentum = group.get("momentum", (group.get("betas") or (None,))[0])
+        facts["momentum"] = None if momentum is None else float(momentum)
+        facts["weight_decay"] = float(group.get("weight_decay") or 0.0)
+        rates = {float(g["lr"]) for g in optimizer.param_groups if g.get("rotate")}
+        facts["layer_multipliers"] = len(rates) > 1
     return {
         **facts,
         "strategy": type(trainer.strategy).__name__,
@@ -50,6 +59,18 @@ def final_facts(trainer: "pl.Trainer", ours: list[str]) -> dict[str, Any]:
     """How the training ended, by the metrics that the user logged."""
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key not in ours}
     return {"epochs": trainer.current_epoch, "metrics": metrics}
+
+
+def expected_steps(trainer: "pl.Trainer") -> int | None:
+    """Optimizer steps of the whole training, or None where the trainer does not know."""
+    steps = float(trainer.estimated_stepping_batches)
+    return int(steps) if 1 <= steps < math.inf else None
+
+
+def current_rates(trainer: "pl.Trainer") -> tuple[float, ...]:
+    """Learning rates of all param groups that have one."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return tuple(float(group["lr"]) for group in groups if "lr" in group)
 
 
 def log_folder(trainer: "pl.Trainer") -> Path:

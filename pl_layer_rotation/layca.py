@@ -49,8 +49,8 @@ class Layca(Optimizer):
     tensors.
 
     - A zero or radial step leaves a layer bitwise as it is; after momentum has built up, a zero gradient still turns
-      it. A NaN in the gradient reaches the weights, as with torch's optimizers. A complex layer turns as the real vector
-      of its parts.
+      it. A NaN in the gradient reaches the weights, as with torch's optimizers.
+    - A complex layer turns as the real vector of its parts.
     - The norm is that at the layer's first step and is kept in the state. Weights that you change by hand later return
       to that norm at the next step (a change through ``.data`` of few elements of a large layer: within some dozens).
     - The scale of the loss has no effect over bases that follow it (SGD), and gradient clipping only changes how much

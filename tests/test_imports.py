@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layca": {"layer_selection", "_geometry", "_sharding", "_base_optimizer", "_scratch", "_turning", "_options"},
     "_schedules": set(),
     "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
+    "_running_sums": {"_geometry"},
     "_lightning": {"layca"},
     "history": set(),
     **dict.fromkeys(REPORT - {"history"}, REPORT),

@@ -83,6 +83,60 @@ def test_history_equals_a_computation_from_the_saved_weights(optimizer: str) -> 
         np.testing.assert_allclose(monitor.history.values(quantity).numpy(), expected, rtol=1e-6, atol=1e-14)
 
 
+def sums_by_hand(angles: np.ndarray, read: list[int]) -> dict[str, np.ndarray]:
+    """After the last step, where the angles of these steps (counted from 1) were read."""
+    weights = np.diff([0, *read])[:, None]
+    angles = angles[np.array(read) - 1]
+    return {
+        "path": (weights * angles).sum(0),
+        "path_square": (weights * angles**2).sum(0),
+        "peak": angles.max(0),
+        "peak_step": np.array(read)[angles.argmax(0)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "read"),
+    [
+        (1, 3, list(range(1, 25))),
+        (8, 3, list(range(1, 25))),  # 24 steps: fewer than 60 readings, so every step is read
+        (40, 30, [*range(1, 25), *range(28, 241, 4)]),  # each of the first tenth, then 60 over the training
+        (2, 30, [*range(1, 25), *range(26, 241, 2)]),
+    ],
+)
+def test_sums_over_steps_equal_those_from_the_saved_weights(every: int, epochs: int, read: list[int]) -> None:
+    monitor, saved = LayerRotationMonitor(every_n_steps=every, report=False), SavedWeights()
+    module = Net(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
+    run = fit(monitor, saved, module=module, max_epochs=epochs)
+    curves = by_hand(saved.snapshots)
+    sums = sums_by_hand(curves["angular_update"], read)
+    for quantity, expected in sums.items():
+        np.testing.assert_allclose(monitor.history.values(quantity)[-1].numpy(), expected, rtol=1e-6)
+    walk = np.arccos(np.exp(-0.5 * 19 * sums["path_square"]))
+    kappa = np.arccos(1 - curves["rotation"][-1]) / walk
+    np.testing.assert_allclose(monitor.history.values("straightness")[-1].numpy(), kappa, rtol=1e-5)
+    median = run.callback_metrics["layer_straightness_stats/median"]
+    assert float(median) == pytest.approx(float(np.sort(kappa)[0]), rel=1e-5)
+    facts = monitor.history.facts
+    assert (facts["angle_readings"], facts["momentum"], facts["constant_learning_rate"]) == (len(read), 0.9, True)
+
+
+def test_without_a_known_momentum_there_is_no_straightness() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    run = fit(monitor, module=Net(lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1)))
+    assert "straightness" not in monitor.history.quantities
+    assert not any("straightness" in key for key in run.callback_metrics)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_facts_say_whether_the_learning_rate_stayed(schedule: Any) -> None:
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, module=Net(lambda m: layca_optimizers(m, base="AdamW", schedule=schedule)), max_epochs=2)
+    assert monitor.history.facts["constant_learning_rate"] is (schedule == "constant")
+    assert monitor.history.facts["base"] == "AdamW"
+    assert monitor.history.facts["momentum"] == 0.9
+
+
 def test_layca_angles_and_norms_are_as_requested() -> None:
     monitor = LayerRotationMonitor(report=False)
     fit(monitor, module=Net(lambda m: layca_optimizers(m, lr=0.05)))
