@@ -3,13 +3,11 @@
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -20,12 +18,10 @@ from pl_layer_rotation._lightning import (
     averages_are_in,
     current_rates,
     expected_steps,
-    final_facts,
-    log_folder,
     run_facts,
     stepped_batches,
-    wandb_loggers,
 )
+from pl_layer_rotation._output import Attempts, Output, Reading
 from pl_layer_rotation._running_sums import RunningSums, straightness
 from pl_layer_rotation._sharding import (
     local_piece,
@@ -35,20 +31,15 @@ from pl_layer_rotation._sharding import (
     sum_over_processes,
     whole_tensor,
 )
-from pl_layer_rotation.history import RotationHistory, log_keys
+from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.layer_selection import select_layers
 
 QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
-_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "min": torch.min, "max": torch.max}
 # Angles are read in every step of the first tenth of a training, where shocks happen, up to so many steps; afterwards
 # so often at least: findings from fewer readings than that were wrong.
 _DENSE_SHARE, _MOST_DENSE, _FEWEST_READINGS = 0.1, 1000, 60
 # Where a copy of the layers takes more bytes than this, angles are read together with the rest only.
 _MOST_COPIED = 1 << 30
-# Layers above which loggers get the aggregates only: W&B advises fewer than 10,000 distinct metrics in a project.
-_MOST_LOGGED_LAYERS = 1000
-
-_Reading = dict[str, list[float]]
 
 
 class LayerRotationMonitor(CallbackBase):
@@ -148,9 +139,10 @@ class LayerRotationMonitor(CallbackBase):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._global_step = 0
         self._step = 0
-        self._latest: tuple[int, _Reading] | None = None  # the last reading and its step, recorded or not
+        self._latest: tuple[int, Reading] | None = None  # the last reading and its step, recorded or not
         self._ends_with_extra_row = False
-        self._warned: set[str] = set()
+        self._attempt = Attempts()
+        self._output = Output(self.log_quantities, report, self._attempt)
 
     @property
     def state_key(self) -> str:
@@ -179,21 +171,23 @@ class LayerRotationMonitor(CallbackBase):
             self._resume(self._restored, layers)
         elif not goes_on:
             if trainer.global_step > 0:
-                self._warn("the checkpoint holds no layer rotation: curves start where training resumes")
+                self._attempt.warn("the checkpoint holds no layer rotation: curves start where training resumes")
             self._references, self._whole, self.history = {}, {}, RotationHistory([])
             self._sums = RunningSums()
             self._latest, self._ends_with_extra_row = None, False
         self._restored = None
         expected = bool(layers) or lazy
         if not expected:
-            self._warn(f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)")
+            self._attempt.warn(
+                f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)"
+            )
         self._adopt(layers)
         # A barebones trainer logs never: nothing is read either.
         self._training = expected and self._cadence(trainer) > 0
         self._global_step = trainer.global_step
         self._attempt("noting the facts", lambda: self.history.facts.update(run_facts(trainer, pl_module)))
         self._attempt("planning the readings", self._plan_angles, trainer, layers)
-        self._attempt("the preparation of W&B", self._prepare_wandb, trainer)
+        self._output.prepare(trainer, self.history)
 
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
@@ -278,7 +272,9 @@ class LayerRotationMonitor(CallbackBase):
         self._whole = {name: reference[name] for name, weight in held.items() if shard_count(weight) > 1}
         lost = [name for name in layers if name not in self._references]
         if lost:
-            self._warn(f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on")
+            self._attempt.warn(
+                f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on"
+            )
 
     def _adopt(self, layers: Mapping[str, Tensor]) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""
@@ -297,7 +293,9 @@ class LayerRotationMonitor(CallbackBase):
         whole = [name for name in new if shard_count(layers[name]) == 1]
         zeros = [name for name in whole if not torch.any(self._references[name]).item()]
         if zeros:
-            self._warn(f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights")
+            self._attempt.warn(
+                f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights"
+            )
 
     def _take_reference(self, name: str, weight: Tensor) -> None:
         # Outside of inference mode also during validation: the copy must live in later steps.
@@ -320,7 +318,7 @@ class LayerRotationMonitor(CallbackBase):
         size = sum(local_tensor(weight).nbytes for weight in layers.values())
         steps = expected_steps(trainer)
         if size > _MOST_COPIED:
-            self._warn("a copy of the layers takes over 1 GB: angles are read on the cadence only")
+            self._attempt.warn("a copy of the layers takes over 1 GB: angles are read on the cadence only")
         elif steps is not None and self._angle_every:
             self._dense_until = min(_MOST_DENSE, int(_DENSE_SHARE * steps))
             self._angle_every = max(1, min(self._angle_every, steps // _FEWEST_READINGS))
@@ -347,14 +345,15 @@ class LayerRotationMonitor(CallbackBase):
             if self._whole:
                 raise  # layers are cut: the other processes wait for this one's sums
             self._broken, self._before, self._latest = True, {}, None
-            self._warn(f"measuring failed and stops here: {type(error).__name__}: {error}")
+            self._attempt.warn(f"measuring failed and stops here: {type(error).__name__}: {error}")
         return not self._broken
 
     def _bring_up_to_date(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._reads(trainer) and not trainer.sanity_checking:
             current = self._latest is not None and self._latest[0] == self._step
             if current or self._measure(self._read, pl_module):
-                self._publish(trainer)
+                assert self._latest is not None
+                self._output.publish(trainer, self._latest[1], self._diverged)
 
     def _prepare(self, pl_module: "pl.LightningModule", copy: bool) -> None:
         """Before a step: lazy layers have had their first batch by now; a step whose angle is read needs a copy."""
@@ -420,7 +419,7 @@ class LayerRotationMonitor(CallbackBase):
             value if math.isfinite(value := measured.get(n, math.nan)) else math.nan for n in self.history.layer_names
         ]
 
-    def _start_zero_layers(self, layers: Mapping[str, Tensor], sums: Tensor, reading: _Reading) -> None:
+    def _start_zero_layers(self, layers: Mapping[str, Tensor], sums: Tensor, reading: Reading) -> None:
         """A layer that started at zero and moved takes its first non-zero weights for its reference."""
         names = list(layers)
         for i in ((sums[:, 3] == 0) & (sums[:, 2] > 0)).nonzero().flatten().tolist():
@@ -440,97 +439,13 @@ class LayerRotationMonitor(CallbackBase):
         self.history.append(step, **reading)
         self._attempt("noting the learning rate", self._watch_rates, trainer)
         self._ends_with_extra_row = False
-        metrics = self._publish(trainer)
-        if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS:
-            for quantity in self.log_quantities:
-                keys = log_keys(self.history.layer_names, quantity)
-                values = zip(keys, reading.get(quantity, ()), strict=False)
-                metrics.update((key, value) for key, value in values if not math.isnan(value))
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                # Lightning numbers the step after which it logs from 0.
-                self._attempt(f"logging to {type(logger).__name__}", logger.log_metrics, metrics, step - 1)
-
-    def _publish(self, trainer: "pl.Trainer") -> dict[str, float]:
-        """Aggregates over the layers, also into ``callback_metrics``."""
-        assert self._latest is not None
-        metrics = {}
-        for quantity, statistics in self._aggregates().items():
-            values = torch.tensor(self._latest[1].get(quantity, []), dtype=torch.float64)
-            values = values[~values.isnan()]
-            if len(values):
-                for name, statistic in statistics.items():
-                    metrics[f"layer_{quantity}_stats/{name}"] = float(statistic(values))
-        stale = [key for key in self._statistic_keys() if key in metrics or key in trainer.callback_metrics]
-        published = dict.fromkeys(stale, math.nan) if self._diverged else metrics
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in published.items()})
-        return metrics
-
-    def _statistic_keys(self) -> list[str]:
-        return [f"layer_{quantity}_stats/{name}" for quantity, names in self._aggregates().items() for name in names]
-
-    def _aggregates(self) -> dict[str, dict[str, Callable[[Tensor], Tensor]]]:
-        """Statistics over the layers, by quantity; the median straightness says most about the learning rate."""
-        logged = dict.fromkeys(self.log_quantities, _STATISTICS)
-        return {**logged, "straightness": {**logged.get("straightness", {}), "median": torch.median}}
+        self._output.log(trainer, self.history, step, reading, self._diverged)
 
     def _finish(self, trainer: "pl.Trainer") -> None:
         training, self._training = self._training, False
         self._before = {}
-        if not training or not len(self.history) or not trainer.is_global_zero:
-            return
-        self._attempt(
-            "noting the final metrics", lambda: self.history.facts.update(final_facts(trainer, self._statistic_keys()))
-        )
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            return
-        if self.report:
-            self._attempt("printing the table", self._print_report, trainer)
-        self._attempt("the charts for W&B", self._send_charts, trainer)
-
-    def _print_report(self, trainer: "pl.Trainer") -> None:
-        from pl_layer_rotation.report.table import print_table
-
-        print_table(self.history)
-        folder = log_folder(trainer)
-        self._attempt("writing the history", self.history.save, folder / "layer_rotation.jsonl")
-        self._attempt("writing the page", self._write_page, folder / "layer_rotation.html")
-
-    def _write_page(self, path: Path) -> None:
-        from pl_layer_rotation.report.page import write_page
-
-        write_page(path, {str(self.history.facts.get("optimizer", "run")): self.history})
-        print(f"Layer rotation: {path}")
-
-    def _prepare_wandb(self, trainer: "pl.Trainer") -> None:
-        from pl_layer_rotation.report.wandb_sink import prepare_run
-
-        keys = self._statistic_keys()
-        if len(self.history.layer_names) <= _MOST_LOGGED_LAYERS:
-            keys += [key for quantity in self.log_quantities for key in log_keys(self.history.layer_names, quantity)]
-        for logger in wandb_loggers(trainer):
-            prepare_run(logger.experiment, self.history, keys, prefix=logger._prefix)
-
-    def _send_charts(self, trainer: "pl.Trainer") -> None:
-        from pl_layer_rotation.report.wandb_sink import log_charts, viewing_hint
-
-        for logger in wandb_loggers(trainer):
-            log_charts(logger.experiment, self.history, self.history.steps[-1] - 1, prefix=logger._prefix)
-            hint = viewing_hint(logger.experiment)
-            if hint and self.report:
-                print(hint)
-
-    def _attempt(self, what: str, action: Callable[..., Any], *args: Any) -> None:
-        """Do what must not end a training; a failure is a warning, once for each kind."""
-        try:
-            action(*args)
-        except Exception as error:
-            self._warn(f"{what} failed and is left out: {type(error).__name__}: {error}", once_for=what)
-
-    def _warn(self, message: str, once_for: str | None = None) -> None:
-        if (once_for or message) not in self._warned:
-            self._warned.add(once_for or message)
-            rank_zero_warn(f"LayerRotationMonitor: {message}.", category=UserWarning)
+        if training:
+            self._output.finish(trainer, self.history)
 
 
 def _list(names: Sequence[str], most: int = 5) -> str:
