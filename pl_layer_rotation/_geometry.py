@@ -133,20 +133,11 @@ def tangential_square(step: Tensor, weight: Tensor, along: float, weight_square:
     return float(_accumulate(rows, 1, weight))
 
 
-def needs_exact_sums(sums: Tensor) -> Tensor:
-    """Which rows of ``(s·w, s·s, w·w)`` are too radial, or too large or small, for fp32 products."""
-    along, step_square, weight_square = sums.unbind(-1)
+def needs_exact_sums(along: float, step_square: float, weight_square: float) -> bool:
+    """Whether ``(s·w, s·s, w·w)`` is too radial, or too large or small, for fp32 products."""
     low, high = _SAFE_SQUARES
-    moving = (step_square > 0) | (along != 0)
-    radial = tangential_share(sums) < _NEARLY_RADIAL_STEP
-    extreme = (step_square < low) | ~(step_square < high) | (weight_square < low) | ~(weight_square < high)
-    return extreme | (moving & radial)
-
-
-def tangential_share(sums: Tensor) -> Tensor:
-    """Share of the step's square that is tangential, ``1 - (s·w)² / (s·s w·w)``."""
-    along, step_square, weight_square = sums.unbind(-1)
-    return 1 - along.square() / (step_square * weight_square)
+    tangential = along * along < (1 - _NEARLY_RADIAL_STEP) * step_square * weight_square
+    return not (low < step_square < high and low < weight_square < high and tangential)
 
 
 def layca_coefficients(

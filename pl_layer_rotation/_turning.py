@@ -17,14 +17,29 @@ def on_host(chunk: Chunk) -> bool:
     return chunk.pieces[0].device.type == "cpu"
 
 
-def sums_of_whole_layers(chunk: Chunk, initial_norms: Tensor) -> Tensor:
-    """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added."""
-    if on_host(chunk):
-        # From the last to the first: the base has just written the last, and the turns begin with the first.
-        norms = initial_norms.tolist()
-        rows = [layer.sums(norm) for layer, norm in zip(reversed(chunk.layers), reversed(norms), strict=True)]
-        return torch.tensor(rows[::-1], dtype=torch.float64)
-    return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers])
+def sums_of_whole_layers(chunk: Chunk, initial_norms: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added.
+
+    On the CPU doubtful sums are taken again in float64, and the squares of the tangential parts of nearly radial steps
+    come with them, from the steps themselves; NaN elsewhere, None where there are none.
+    """
+    if not on_host(chunk):
+        return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]), None
+    rows: list[tuple[float, ...]] = []
+    squares: dict[int, float] = {}
+    for place, (layer, norm) in enumerate(zip(chunk.layers, initial_norms.tolist(), strict=True)):
+        row = layer.sums(norm)
+        if geometry.needs_exact_sums(*row):
+            exact = geometry.step_sums(layer.ascent, layer.weights, exact=True).tolist()
+            row = (exact[0], exact[1], exact[2])
+            if exact[2] > 0:
+                squares[place] = geometry.tangential_square(layer.ascent, layer.weights, exact[0], exact[2])
+        rows.append(row)
+    tangent = torch.full((len(rows),), math.nan, dtype=torch.float64) if squares else None
+    for place, square in squares.items():
+        assert tangent is not None
+        tangent[place] = square
+    return torch.tensor(rows, dtype=torch.float64), tangent
 
 
 def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
@@ -55,7 +70,13 @@ def rows_of_norms(chunk: Chunk, norms: Sequence[Tensor | None], sums: Tensor | N
     return torch.cat(rows)
 
 
-def turn(chunk: Chunk, sums: Tensor, initial_norms: Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
+def turn(
+    chunk: Chunk,
+    sums: Tensor,
+    initial_norms: Tensor,
+    groups: Sequence[Mapping[str, Any]],
+    tangent_squares: Tensor | None = None,
+) -> None:
     """``w ← a·w - b·s`` for each layer, ``s = -u``.
 
     Args:
@@ -63,10 +84,10 @@ def turn(chunk: Chunk, sums: Tensor, initial_norms: Tensor, groups: Sequence[Map
         sums: ``(rows, 3)`` as the functions above give them; changed.
         initial_norms: ``(rows,)`` norms that the layers return to.
         groups: the param group of each tensor.
+        tangent_squares: ``(rows,)`` squares of the tangential parts where they are known better than from the sums.
 
     """
     host = on_host(chunk)
-    tangent = _measure_again(chunk, sums) if host and chunk.is_whole else None
     sums[:, 0].neg_()
     tangential = chunk.per_row([group["tangential"] for group in groups])
     a, b = geometry.layca_coefficients(
@@ -74,7 +95,7 @@ def turn(chunk: Chunk, sums: Tensor, initial_norms: Tensor, groups: Sequence[Map
         _vector(chunk.per_row([group["lr"] for group in groups]), sums),
         initial_norms.to(sums.dtype),
         None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
-        tangent,
+        tangent_squares,
         fp32_products=not host,
     )
     if not host:
@@ -85,21 +106,6 @@ def turn(chunk: Chunk, sums: Tensor, initial_norms: Tensor, groups: Sequence[Map
     for row, layer in zip(chunk.rows, chunk.layers, strict=True):
         if scales[row] != 1.0 or factors[row] != 0.0:
             layer.turn(scales[row], factors[row])
-
-
-def _measure_again(chunk: Chunk, sums: Tensor) -> Tensor | None:
-    """Take doubtful sums again in float64, and the tangential part of nearly radial steps from the step itself."""
-    doubtful = geometry.needs_exact_sums(sums)
-    if not doubtful.any():
-        return None
-    tangent = torch.full((len(sums),), math.nan, dtype=torch.float64)
-    for row in doubtful.nonzero().flatten().tolist():
-        layer = chunk.layers[row]
-        sums[row] = geometry.step_sums(layer.ascent, layer.weights, exact=True)
-        along, _, square = sums[row].tolist()
-        if square > 0:
-            tangent[row] = geometry.tangential_square(layer.ascent, layer.weights, along, square)
-    return tangent
 
 
 def _vector(values: list[Any], like: Tensor) -> Tensor:

@@ -264,7 +264,8 @@ class Layca(Optimizer):
                 chunk.zero()
                 edited, initial = self._base.step(loan, options, self.state, new_norms)
                 norms = rows_of_norms(chunk, initial)
-                turn(chunk, sums_of_whole_layers(chunk, norms), norms, self._groups_of(chunk))
+                sums, tangent_squares = sums_of_whole_layers(chunk, norms)
+                turn(chunk, sums, norms, self._groups_of(chunk), tangent_squares)
             changed.update(edited)
         plan.known = len(self.state)
         for index, group in changed.items():
