@@ -1,5 +1,6 @@
 """What the monitor asks of Lightning beyond its documented hooks, in one place."""
 
+import itertools
 import math
 import os
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_layer_rotation.layca import Layca
+from pl_layer_rotation.layer_selection import select_layers
 
 if TYPE_CHECKING:
     CallbackBase = pl.Callback
@@ -49,10 +53,23 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
         facts["layer_multipliers"] = len(rates) > 1
     return {
         **facts,
+        "followed_by_norm": _followed_by_norm(pl_module),
         "strategy": type(trainer.strategy).__name__,
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
     }
+
+
+def _followed_by_norm(module: nn.Module) -> list[str]:
+    """Layers right before a BatchNorm in the order of registration, which most networks run in."""
+    leaves = [part for part in module.modules() if not any(part.children())]
+    names = {id(weight): name for name, weight in select_layers(module).items()}
+    return [
+        names[id(weight)]
+        for part, after in itertools.pairwise(leaves)
+        if isinstance(after, _BatchNorm) and isinstance(weight := getattr(part, "weight", None), Tensor)
+        if id(weight) in names
+    ]
 
 
 def final_facts(trainer: "pl.Trainer", ours: list[str]) -> dict[str, Any]:

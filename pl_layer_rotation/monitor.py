@@ -317,6 +317,7 @@ class LayerRotationMonitor(CallbackBase):
         self._dense_until, self._angle_every = 0, self._cadence(trainer)
         size = sum(local_tensor(weight).nbytes for weight in layers.values())
         steps = expected_steps(trainer)
+        self.history.facts["total_steps"] = steps
         if size > _MOST_COPIED:
             self._attempt.warn("a copy of the layers takes over 1 GB: angles are read on the cadence only")
         elif steps is not None and self._angle_every:

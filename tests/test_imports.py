@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
     "_running_sums": {"_geometry"},
     "_output": {"_lightning", *REPORT},
-    "_lightning": {"layca"},
+    "_lightning": {"layca", "layer_selection"},
     "history": set(),
     **dict.fromkeys(REPORT - {"history"}, REPORT),
     "cli": REPORT,

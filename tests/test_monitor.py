@@ -137,6 +137,14 @@ def test_the_facts_say_whether_the_learning_rate_stayed(schedule: Any) -> None:
     assert monitor.history.facts["momentum"] == 0.9
 
 
+def test_the_facts_name_layers_before_a_batch_norm_and_the_length() -> None:
+    monitor, module = LayerRotationMonitor(report=False), Net()
+    module.body = nn.Sequential(module.body[0], nn.BatchNorm1d(module.body[0].out_features), *module.body[1:])
+    fit(monitor, module=module, max_epochs=2)
+    assert monitor.history.facts["followed_by_norm"] == ["body.0"]
+    assert monitor.history.facts["total_steps"] == 16
+
+
 def test_layca_angles_and_norms_are_as_requested() -> None:
     monitor = LayerRotationMonitor(report=False)
     fit(monitor, module=Net(lambda m: layca_optimizers(m, lr=0.05)))
