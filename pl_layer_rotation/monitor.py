@@ -1,6 +1,7 @@
 """The callback that measures, records, logs and reports layer rotation while Lightning trains."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from pl_layer_rotation._lightning import (
     stepped_batches,
 )
 from pl_layer_rotation._output import Attempts, Output, Reading
+from pl_layer_rotation._reference import check_reference, reference_weights
 from pl_layer_rotation._running_sums import RunningSums, straightness
 from pl_layer_rotation._sharding import (
     local_piece,
@@ -82,6 +84,10 @@ class LayerRotationMonitor(CallbackBase):
         every_n_steps: batches that stepped between readings; None takes the trainer's ``log_every_n_steps``.
         log_quantities: what goes to the loggers of each layer: ``"rotation"``, ``"angular_update"``,
             ``"norm_ratio"``, ``"straightness"``.
+        reference: what to measure from: ``"init"``, the weights when training starts; or a state dict, or the path of
+            one or of a Lightning checkpoint, for instance pretrained weights that are fine-tuned. Its keys are those of
+            the module's own state dict; layers that it lacks are measured from the start of training, and a warning
+            names them. A resumed training goes on with the reference of its checkpoint.
         save_reference: whether checkpoints carry the weights to measure from (one model's weights in each, which every
             process keeps in host memory where layers are sharded). Without them a resumed run measures from where it
             resumes, and says so.
@@ -107,8 +113,10 @@ class LayerRotationMonitor(CallbackBase):
         log_quantities: list[str] | tuple[str, ...] = ("rotation",),
         save_reference: bool = True,
         report: bool = True,
+        reference: str | os.PathLike[str] | Mapping[str, Any] = "init",
     ) -> None:
         super().__init__()
+        check_reference(reference)
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise MisconfigurationException(
                 f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
@@ -123,6 +131,7 @@ class LayerRotationMonitor(CallbackBase):
         self.include, self.exclude = include, exclude
         self.every_n_steps = every_n_steps
         self.log_quantities = tuple(log_quantities)
+        self.reference = reference
         self.save_reference = save_reference
         self.report = report
         self.history = RotationHistory([])
@@ -175,6 +184,8 @@ class LayerRotationMonitor(CallbackBase):
             self._references, self._whole, self.history = {}, {}, RotationHistory([])
             self._sums = RunningSums()
             self._latest, self._ends_with_extra_row = None, False
+            if self.reference != "init":
+                self._refer(layers)
         self._restored = None
         expected = bool(layers) or lazy
         if not expected:
@@ -275,6 +286,15 @@ class LayerRotationMonitor(CallbackBase):
             self._attempt.warn(
                 f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on"
             )
+
+    def _refer(self, layers: Mapping[str, Tensor]) -> None:
+        """Measure from the weights that were given."""
+        given = reference_weights(self.reference, layers)
+        self._references = {name: local_piece(whole, layers[name]) for name, whole in given.items()}
+        self._whole = {name: whole.cpu() for name, whole in given.items() if shard_count(layers[name]) > 1}
+        lacking = [name for name in layers if name not in given]
+        if lacking:
+            self._attempt.warn(f"`reference` has no weights for {_list(lacking)}: measured from the start of training")
 
     def _adopt(self, layers: Mapping[str, Tensor]) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_schedules": set(),
     "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
     "_running_sums": {"_geometry"},
+    "_reference": {"_sharding"},
     "_output": {"_lightning", *REPORT},
     "_lightning": {"layca", "layer_selection"},
     "history": set(),
