@@ -113,6 +113,7 @@ class Layca(Optimizer):
 
     Example::
 
+        >>> import math
         >>> layer = torch.nn.Linear(3, 2, bias=False)
         >>> optimizer = Layca(layer.parameters(), lr=0.1, base=torch.optim.SGD, momentum=0.9)
         >>> before = layer.weight.detach().clone()

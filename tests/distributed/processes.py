@@ -63,6 +63,9 @@ def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: 
     torch.set_num_threads(1)
     try:
         results.put((rank, "", function(rank, *args)))
+        if torch.distributed.is_initialized():
+            # One that is done early must not close the store on others that are still connecting.
+            torch.distributed.barrier()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
         raise
