@@ -54,9 +54,11 @@ class Output:
         self.log_quantities = tuple(log_quantities)
         self.report = report
         self.attempt = attempt
+        self._saved: tuple[Path, int, list[str]] | None = None  # file, readings and layers that it holds
 
     def prepare(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
-        """Tell W&B which metrics will come."""
+        """Start a file of its own for this fit, and tell W&B which metrics will come."""
+        self._saved = None
         self.attempt("the preparation of W&B", self._prepare_wandb, trainer, history)
 
     def log(self, trainer: "pl.Trainer", history: RotationHistory, step: int, reading: Reading, diverged: bool) -> None:
@@ -71,6 +73,8 @@ class Output:
             for logger in trainer.loggers:
                 # Lightning numbers the step after which it logs from 0.
                 self.attempt(f"logging to {type(logger).__name__}", logger.log_metrics, metrics, step - 1)
+            if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                self.attempt("writing the history", self._save, trainer, history)
 
     def publish(self, trainer: "pl.Trainer", reading: Reading, diverged: bool) -> dict[str, float]:
         """Aggregates over the layers, also into ``callback_metrics``; NaN there once weights are not finite."""
@@ -97,6 +101,15 @@ class Output:
         if self.report:
             self.attempt("printing the table", self._print_report, trainer, history)
         self.attempt("the charts for W&B", self._send_charts, trainer, history)
+
+    def _save(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
+        """Keep the file up to date while training goes on: a run that is killed leaves its curves."""
+        path = log_folder(trainer) / "layer_rotation.jsonl"
+        if self._saved == (path, len(history) - 1, history.layer_names):
+            history.save_last_row(path)
+        else:
+            history.save(path)
+        self._saved = (path, len(history), list(history.layer_names))
 
     def _statistic_keys(self) -> list[str]:
         return [f"layer_{quantity}_stats/{name}" for quantity, names in self._aggregates().items() for name in names]

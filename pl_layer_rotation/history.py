@@ -7,6 +7,7 @@ import operator
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
+
+    from pl_layer_rotation.report.findings import Finding
 
 _FORMAT = "pl-layer-rotation history"
 _VERSION = 1
@@ -205,9 +209,24 @@ class RotationHistory:
         lines = [{"format": _FORMAT, "version": _VERSION, **state}, *rows]
         write_text(path, "".join(_encode(line) + "\n" for line in lines))
 
+    def save_last_row(self, path: str | os.PathLike[str]) -> None:
+        """Add the last reading to a file that :meth:`save` wrote, without writing the others again.
+
+        Should the process be killed meanwhile, :meth:`load` leaves out the line that was cut.
+
+        Args:
+            path: the file; it must hold all readings but the last, of the same layers.
+
+        """
+        line = _encode({"step": self.steps[-1], **self._rows[-1]}) + "\n"
+        with open(path, "a", encoding="utf-8", newline="\n") as stream:
+            stream.write(line)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RotationHistory":
         """Read a file that :meth:`save` wrote.
+
+        Where its last line was cut, because the run was killed while it wrote, that reading is left out with a warning.
 
         Args:
             path: the file.
@@ -220,7 +239,8 @@ class RotationHistory:
         file = Path(path)
         try:
             # Not `splitlines`, which also cuts at the exotic line ends that a layer's name may hold.
-            first, *rest = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            first, *rest = file.read_text(encoding="utf-8").split("\n")
+            cut = rest.pop() if rest else ""
             header = _decode(first)
             known = header["format"] == _FORMAT
             version = int(header["version"])
@@ -233,6 +253,8 @@ class RotationHistory:
                 f"`path` must be a history of format version {_VERSION} or older, got version {version} in {file}. "
                 "Upgrade pl-layer-rotation."
             )
+        if cut:
+            warnings.warn(f"The last reading in {file} was cut while it was written and is left out.", stacklevel=2)
         try:
             facts = _restored(header["facts"], in_row=False)
             rows = [_restored(_decode(line), in_row=True) for line in rest]
@@ -240,11 +262,47 @@ class RotationHistory:
         except (ValueError, KeyError, TypeError) as error:
             raise _foreign(file, f"it is damaged: {error}") from error
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """The readings as a tidy table: one row for each step, layer and quantity that has a value.
+
+        Returns:
+            Columns ``step``, ``layer``, ``depth``, ``quantity`` and ``value``.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+
+        """
+        import pandas as pd
+
+        rows = [
+            (step, name, depth, quantity, value)
+            for step, row in zip(self.steps, self._rows, strict=True)
+            for quantity, values in row.items()
+            for depth, (name, value) in enumerate(zip(self.layer_names, values, strict=True))
+            if not math.isnan(value)
+        ]
+        return pd.DataFrame(rows, columns=["step", "layer", "depth", "quantity", "value"])
+
     def figure(self, quantity: str = "rotation") -> "go.Figure":
         """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``)."""
         from pl_layer_rotation.report.figures import curves
 
         return curves(self, quantity)
+
+    def findings(self) -> "list[Finding]":
+        """What the curves say in plain words, most urgent first (see ``pl_layer_rotation.report.findings``).
+
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(100, rotation=[0.1, 0.0], norm_ratio=[1.1, 1.0])
+            >>> [(finding.code, finding.layers) for finding in history.findings()]
+            [('A', ('fc',))]
+
+        """
+        from pl_layer_rotation.report.findings import findings
+
+        return findings(self)
 
 
 def log_keys(layer_names: Sequence[str], quantity: str = "rotation") -> list[str]:

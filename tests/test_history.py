@@ -348,20 +348,50 @@ def test_a_file_that_is_not_ours_or_damaged_is_an_error(
         RotationHistory.load(file)
 
 
-@pytest.mark.parametrize(
-    "why",
-    [
-        "must be a file written by `RotationHistory.save`",
-        "it is damaged",
-    ],
-    ids=["refused", "and the reason is right"],
-)
-def test_a_file_cut_within_a_reading_is_damaged(why: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [1, 5, 12])
+def test_a_reading_that_was_cut_while_it_was_written_is_left_out(missing: int, tmp_path: Path) -> None:
+    history, file = recorded(), tmp_path / "run.jsonl"
+    history.save(file)
+    file.write_bytes(file.read_bytes()[:-missing])
+    with pytest.warns(UserWarning, match=re.escape(f"The last reading in {file} was cut")):
+        loaded = RotationHistory.load(file)
+    history.drop_from(history.steps[-1])
+    assert loaded == history
+
+
+def test_a_file_cut_within_its_header_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.jsonl"
     recorded().save(file)
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=re.escape(why)):
+    file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(ValueError, match=r"must be a file written by `RotationHistory\.save`"):
         RotationHistory.load(file)
+
+
+def test_readings_added_one_by_one_make_the_same_file(tmp_path: Path) -> None:
+    history = RotationHistory(["a", "é\u2028b"])
+    history.append(1, rotation=[0.1, math.nan])
+    history.save(tmp_path / "grown.jsonl")
+    for step in range(2, 5):
+        history.append(step, rotation=[0.1 * step, math.inf])
+        history.save_last_row(tmp_path / "grown.jsonl")
+    history.save(tmp_path / "whole.jsonl")
+    assert (tmp_path / "grown.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_the_table_for_pandas_is_tidy() -> None:
+    history = RotationHistory(["a", "b"])
+    history.append(1, rotation=[0.1, math.nan])
+    history.append(2, rotation=[0.2, 0.3], norm_ratio=[1.0, 1.1])
+    frame = history.to_pandas()
+    assert list(frame.columns) == ["step", "layer", "depth", "quantity", "value"]
+    assert frame.to_numpy().tolist() == [
+        [1, "a", 0, "rotation", 0.1],
+        [2, "a", 0, "rotation", 0.2],
+        [2, "b", 1, "rotation", 0.3],
+        [2, "a", 0, "norm_ratio", 1.0],
+        [2, "b", 1, "norm_ratio", 1.1],
+    ]
+    assert RotationHistory(["a"]).to_pandas().empty
 
 
 def test_a_file_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:

@@ -512,6 +512,27 @@ def test_the_report_stands_next_to_the_logs_and_holds_the_history(tmp_path: Path
     assert (facts["optimizer"], facts["learning_rate"], facts["devices"]) == ("Layca(SGD)", 0.05, 1)
 
 
+class KilledAt(pl.Callback):
+    """What is on the disk after so many steps, as a killed process would leave it."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder, self.text = step, folder, b""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.text = next(self.folder.rglob("layer_rotation.jsonl")).read_bytes()
+
+
+def test_the_file_holds_all_readings_while_training_goes_on(tmp_path: Path) -> None:
+    monitor, killed = LayerRotationMonitor(every_n_steps=1), KilledAt(5, tmp_path)
+    fit(monitor, killed, default_root_dir=tmp_path)
+    (tmp_path / "left.jsonl").write_bytes(killed.text)
+    left = RotationHistory.load(tmp_path / "left.jsonl")
+    assert left.steps == [1, 2, 3, 4, 5]
+    assert torch.equal(left.values("rotation"), monitor.history.values("rotation")[:5])
+    assert RotationHistory.load(next(tmp_path.rglob("layer_rotation.jsonl"))) == monitor.history
+
+
 @pytest.mark.parametrize(
     "option", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}, {"max_steps": 0}]
 )

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from pl_layer_rotation.history import RotationHistory, write_text
 from pl_layer_rotation.report.figures import depth_colors, figures
+from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.text import shape_text, three_digits
 
 _MISSING = "–"  # noqa: RUF001
@@ -20,6 +21,8 @@ _COMPARED = ("optimizer", "learning_rate")  # shown side by side even where all 
 _ROW, _FRAME = 16, 130  # pixels of one layer's row, and of everything around the rows
 _TALLEST = 1_200  # pixels; with more layers the rows shrink and some go without a label
 _COLUMNS = {"rotation": "final rotation", "norm_ratio": "norm ratio", "angular_update": "last angular update (rad)"}
+# Facts that the findings need and a reader does not.
+_FOR_FINDINGS = frozenset({"followed_by_norm", "dense_steps", "angle_readings", "layer_multipliers", "base"})
 _AGGREGATES = ("mean rotation", "min", "max")
 
 
@@ -35,6 +38,7 @@ class _Run(NamedTuple):
     name: str
     headline: str
     warning: str
+    findings: list[str]
     drawn: bool
     height: int
     layers: _Table
@@ -124,6 +128,7 @@ def _run(name: str, history: RotationHistory) -> _Run:
         name=name,
         headline=_headline(history),
         warning=_warning(history),
+        findings=finding_lines(history),
         drawn=bool(_defined(history)),
         height=min(_TALLEST, _FRAME + _ROW * len(final)),
         layers=_layer_table(history),
@@ -230,7 +235,11 @@ def _metrics(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if not (key == "metrics" and isinstance(value, Mapping))}
+    return {
+        key: value
+        for key, value in facts.items()
+        if key not in _FOR_FINDINGS and not (key == "metrics" and isinstance(value, Mapping))
+    }
 
 
 def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,8 +1,9 @@
-"""The table of layers that ends a training in the terminal."""
+"""The table of layers, and what the curves say, that end a training in the terminal."""
 
 from collections.abc import Sequence
 
 from pl_layer_rotation.history import RotationHistory
+from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.text import shape_text, three_digits
 
 _MOST_ROWS = 60  # layers that are shown; a longer table keeps its first and last
@@ -34,8 +35,8 @@ def table_rows(history: RotationHistory) -> list[tuple[str, ...]]:
 
 
 def print_table(history: RotationHistory) -> None:
-    """Print the table: with rich where it is installed, as aligned text elsewhere."""
-    rows = table_rows(history)
+    """Print the table and what the curves say: with rich where it is installed, as aligned text elsewhere."""
+    rows, findings = table_rows(history), finding_lines(history)
     hidden = len(rows) - _MOST_ROWS
     if hidden > 0:
         half = _MOST_ROWS // 2
@@ -47,7 +48,7 @@ def print_table(history: RotationHistory) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        _print_plain(title, rows)
+        _print_plain(title, rows, findings)
         return
     table = Table(title=title)
     for i, column in enumerate(_COLUMNS):
@@ -55,13 +56,16 @@ def print_table(history: RotationHistory) -> None:
     for row in rows:
         # As Text, so that rich does not take a layer called "[red]" for markup.
         table.add_row(*map(Text, row))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in findings:
+        console.print(Text(line))
 
 
-def _print_plain(title: str, rows: Sequence[Sequence[str]]) -> None:
+def _print_plain(title: str, rows: Sequence[Sequence[str]], findings: Sequence[str]) -> None:
     widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [_COLUMNS, *rows]]
-    text = "\n".join([title, *(line.rstrip() for line in lines)])
+    text = "\n".join([title, *(line.rstrip() for line in lines), *findings])
     try:
         print(text)
     except UnicodeEncodeError:

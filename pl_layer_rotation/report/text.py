@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+_SHOWN = 3  # layers that a sentence names
+_NAME = 60  # characters of a name in a sentence
+
 
 def three_digits(value: float, missing: str = "-") -> str:
     """A measured value to three significant digits, zeros kept so that columns line up.
@@ -28,3 +31,49 @@ def shape_text(shape: Sequence[int], missing: str = "unknown") -> str:
 
     """
     return " × ".join(map(str, shape)) or missing
+
+
+def two_digits(value: float) -> str:
+    """A number in a sentence to two significant digits, zeros kept.
+
+    Example::
+
+        >>> two_digits(4.0), two_digits(0.0461), two_digits(1234.5)
+        ('4.0', '0.046', '1,234')
+
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.2g}".rstrip(".")
+
+
+def between(low: float, high: float, sign: str = "") -> str:
+    """A range in a sentence, or the one number that both ends are written as.
+
+    Example::
+
+        >>> between(0.25, 0.5), between(0.9, 0.901, "×")
+        ('0.25 to 0.50', '×0.90')
+
+    """
+    first, last = f"{sign}{two_digits(low)}", f"{sign}{two_digits(high)}"
+    return first if first == last else f"{first} to {last}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: in backticks, on one line, three at most and none too long.
+
+    Example::
+
+        >>> listed(["conv", "fc"]), listed(["a", "b", "c", "d"])
+        ('`conv` and `fc`', '`a`, `b`, `c` and 1 more')
+
+    """
+    shown = [f"`{_on_one_line(name)}`" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        return f"{', '.join(shown)} and {len(names) - _SHOWN} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _on_one_line(name: str) -> str:
+    # A name may hold what moves a terminal's cursor.
+    line = "".join(letter if letter.isprintable() else " " for letter in name)
+    return line if len(line) <= _NAME else f"{line[: _NAME // 2]}…{line[-_NAME // 2 :]}"

@@ -1,4 +1,4 @@
-"""What a W&B run is sent besides the scalars of every step: the layer list, metric definitions and charts."""
+"""What a W&B run is sent besides the scalars of every step: layer list, metric definitions, charts and findings."""
 
 import shlex
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # The x-axis of Lightning's W&B logger. W&B's own `_step` counts rows, and restarts when an offline run is resumed.
 _STEP = "trainer/global_step"
+_FINDINGS = "layer_rotation_findings"
 _SHOWN_LAYERS = 32  # with more layers, one automatic panel a layer would bury the charts
 _LISTED_LAYERS = 1000  # about 150 kB of config; W&B advises against values above 1 MB
 
@@ -80,9 +81,10 @@ def prepare_run(run: "Run", history: RotationHistory, keys: Iterable[str], prefi
 
 
 def log_charts(run: "Run", history: RotationHistory, step: int, prefix: str = "") -> None:
-    """Send the charts, as interactive Plotly figures, under ``layer_rotation_charts/``.
+    """Send the charts, as interactive Plotly figures, under ``layer_rotation_charts/``, and the findings as text.
 
-    ``rotation`` shows the curves, ``final_rotation`` the last value by layer, ``heatmap`` depth over steps. Does
+    ``rotation`` shows the curves, ``final_rotation`` the last value by layer, ``heatmap`` depth over steps. The
+    findings stand in the run's summary, one a line, under ``layer_rotation_findings``. Does
     nothing without readings, for a disabled run, and for Lightning's dummy on ranks above 0.
 
     Args:
@@ -102,10 +104,12 @@ def log_charts(run: "Run", history: RotationHistory, step: int, prefix: str = ""
     if not history.steps or not _records(run):
         return
     from pl_layer_rotation.report.figures import figures
+    from pl_layer_rotation.report.findings import finding_lines
 
     charts = {_logged(f"layer_rotation_charts/{name}", prefix): figure for name, figure in figures(history).items()}
     # Without `step=`: W&B drops rows whose step is below its own count, and Lightning's step is.
     run.log({**charts, _STEP: step})
+    run.summary[_logged(_FINDINGS, prefix)] = "\n".join(finding_lines(history))
 
 
 def viewing_hint(run: "Run") -> str | None:

@@ -97,6 +97,20 @@ def test_layers_that_went_undefined_are_named() -> None:
     assert "no defined rotation" not in read(run=history_of([0.1, math.nan], [0.3, 0.4])).text
 
 
+def test_findings_stand_under_the_headline() -> None:
+    history = RotationHistory(["fc", EVIL])
+    history.append(10, rotation=[0.1, 0.0], norm_ratio=[1.0, 1.0])
+    text = read(run=history).text
+    assert f"({EVIL}) to 0.100 (fc). `{EVIL}` did not turn at all: its weights never changed." in text
+    assert (
+        "0.100 (layer0). No finding. This does not mean that the run is well tuned." in read(run=history_of([0.1])).text
+    )
+
+
+def test_without_readings_there_are_no_findings() -> None:
+    assert "findings" not in [a.get("class") for _, a in read(run=RotationHistory(["a"])).tags]
+
+
 def test_layer_table_has_every_quantity_that_was_recorded() -> None:
     history = RotationHistory(["conv", "fc"], [(8, 3), ()])
     history.append(10, rotation=[0.5, math.nan], norm_ratio=[1.0, 1234.5], angular_update=[0.0369, 1e-7])

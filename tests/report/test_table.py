@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pl_layer_rotation import RotationHistory
+from pl_layer_rotation.report.findings import NOTHING
 from pl_layer_rotation.report.table import print_table, table_rows
 
 
@@ -46,9 +47,10 @@ def test_rich_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.usefixtures("without_rich")
 def test_without_rich_columns_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(history())
-    title, head, *rows = capsys.readouterr().out.splitlines()
+    title, head, *rows, findings = capsys.readouterr().out.splitlines()
     assert title == "Layer rotation after 7 steps"
     assert [row.index("0.250") for row in rows] == [head.index("rotation")] * 2
+    assert findings == NOTHING
 
 
 @pytest.mark.usefixtures("without_rich")
@@ -65,3 +67,21 @@ def test_a_console_without_the_signs_gets_ascii(monkeypatch: pytest.MonkeyPatch)
 def test_a_history_without_readings_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(RotationHistory(["a"]))
     assert "Layer rotation: no reading" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["rich", "plain"])
+def test_findings_follow_the_table_with_names_as_they_are(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest, plain: bool
+) -> None:
+    if plain:
+        request.getfixturevalue("without_rich")
+    recorded = RotationHistory(["fc", "[red]\x1b[2Jout\n"])
+    recorded.append(7, rotation=[0.25, 0.0], norm_ratio=[1.0, 1.0])
+    print_table(recorded)
+    *_, line = capsys.readouterr().out.replace("without \n", "without ").split("`[", 1)
+    assert line.startswith("red] [2Jout ` did not turn at all")
+
+
+def test_a_history_without_readings_has_no_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(RotationHistory(["a"]))
+    assert "finding" not in capsys.readouterr().out

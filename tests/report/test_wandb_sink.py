@@ -121,6 +121,14 @@ def test_charts_hold_every_layer(stored: OfflineRun) -> None:
     assert bars[0]["x"] == [0, 0.02, 0.04, 0.03]
 
 
+def test_findings_are_text_in_the_summary(tmp_path: Path) -> None:
+    history = RotationHistory(HOSTILE)
+    history.append(10, rotation=[0.1, 0.0, 0.1, 0.1], norm_ratio=[1.0] * 4)
+    with start_run(tmp_path) as run:
+        log_charts(run, history, step=10, prefix="p")
+    assert read_offline_run(run.dir).summary["p-layer_rotation_findings"] == history.findings()[0].sentence
+
+
 def test_charts_arrive_when_the_global_step_is_below_the_row_count(tmp_path: Path) -> None:
     with start_run(tmp_path) as run:
         for _ in range(5):
