@@ -22,7 +22,9 @@ _ROW, _FRAME = 16, 130  # pixels of one layer's row, and of everything around th
 _TALLEST = 1_200  # pixels; with more layers the rows shrink and some go without a label
 _COLUMNS = {"rotation": "final rotation", "norm_ratio": "norm ratio", "angular_update": "last angular update (rad)"}
 # Facts that the findings need and a reader does not.
-_FOR_FINDINGS = frozenset({"followed_by_norm", "dense_steps", "angle_readings", "layer_multipliers", "base"})
+_FOR_FINDINGS = frozenset(
+    {"followed_by_norm", "dense_steps", "angle_readings", "layer_multipliers", "base", "constant_learning_rate"}
+)
 _AGGREGATES = ("mean rotation", "min", "max")
 
 
