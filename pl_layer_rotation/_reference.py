@@ -1,7 +1,8 @@
 """Weights from elsewhere to measure rotation from: a checkpoint or a state dict."""
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def reference_weights(reference: Reference, layers: Mapping[str, Tensor]) -> dic
             found[name] = weight.detach()
     if layers and not found:
         raise MisconfigurationException(
-            f"`reference` must hold weights of the layers ({_some(layers)}), got {_some(weights)}, of which none has "
-            "the name and shape of a layer. Rename its keys to those of the module's own state dict."
+            f"`reference` must hold weights of the layers ({some_of(layers)}), got {some_of(weights)}, of which none "
+            "has the name and shape of a layer. Rename its keys to those of the module's own state dict."
         )
     return found
 
@@ -72,6 +73,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _some(names: Mapping[str, Any]) -> str:
-    shown = ", ".join(map(repr, list(names)[:3]))
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some_of(names: Collection[str], most: int = 5) -> str:
+    """The first names in a message, and how many more there are."""
+    shown = ", ".join(map(repr, itertools.islice(names, most)))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,8 +15,10 @@ QUANTITIES = ("path", "path_square", "peak", "peak_step")
 class RunningSums:
     """Sum and sum of squares of each layer's angles over all steps, and the largest angle with its step.
 
-    An angle that was read stands for all steps since the one before it. Steps before a layer's first angle count
-    nothing.
+    An angle that was read stands for all steps since the reading before it.
+
+    Args:
+        start: steps done before the first that counts.
 
     Attributes:
         readings: steps whose angles were read.
@@ -24,10 +26,9 @@ class RunningSums:
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
         self.readings = 0
-        self.dense = 0
-        self._last = 0
+        self.dense = self._last = start
         self._rows: dict[str, Tensor] = {}
 
     def add(self, names: Sequence[str], angles: Tensor, step: int) -> None:
@@ -53,6 +54,10 @@ class RunningSums:
             dim=1,
         )
         self._rows.update(zip(names, rows, strict=True))
+
+    def forget(self, name: str) -> None:
+        """Start a layer's sums again, as its reference does."""
+        self._rows.pop(name, None)
 
     def values(self, names: Sequence[str]) -> dict[str, list[float]]:
         """The sums of these layers by quantity; NaN where no angle was read."""

@@ -23,7 +23,7 @@ from pl_layer_rotation._lightning import (
     stepped_batches,
 )
 from pl_layer_rotation._output import Attempts, Output, Reading
-from pl_layer_rotation._reference import check_reference, reference_weights
+from pl_layer_rotation._reference import check_reference, reference_weights, some_of
 from pl_layer_rotation._running_sums import RunningSums, straightness
 from pl_layer_rotation._sharding import (
     local_piece,
@@ -182,7 +182,7 @@ class LayerRotationMonitor(CallbackBase):
             if trainer.global_step > 0:
                 self._attempt.warn("the checkpoint holds no layer rotation: curves start where training resumes")
             self._references, self._whole, self.history = {}, {}, RotationHistory([])
-            self._sums = RunningSums()
+            self._sums, self._rates = RunningSums(self._step), ()
             self._latest, self._ends_with_extra_row = None, False
             if self.reference != "init":
                 self._refer(layers)
@@ -276,7 +276,7 @@ class LayerRotationMonitor(CallbackBase):
     def _resume(self, state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
         reference: Mapping[str, Tensor] = state["reference"]
         self.history = RotationHistory.from_state_dict(state["history"])
-        self._sums = RunningSums.from_state_dict(state["sums"]) if "sums" in state else RunningSums()
+        self._sums, self._rates = RunningSums.from_state_dict(state["sums"]), ()
         self._latest, self._ends_with_extra_row = None, False
         held = {n: w for n, w in layers.items() if n in reference and reference[n].shape == original_shape(w)}
         self._references = {name: local_piece(reference[name], weight) for name, weight in held.items()}
@@ -284,7 +284,7 @@ class LayerRotationMonitor(CallbackBase):
         lost = [name for name in layers if name not in self._references]
         if lost:
             self._attempt.warn(
-                f"the checkpoint holds no weights to measure {_list(lost)} from: they are measured from now on"
+                f"the checkpoint holds no weights to measure {some_of(lost)} from: they are measured from now on"
             )
 
     def _refer(self, layers: Mapping[str, Tensor]) -> None:
@@ -294,7 +294,9 @@ class LayerRotationMonitor(CallbackBase):
         self._whole = {name: whole.cpu() for name, whole in given.items() if shard_count(layers[name]) > 1}
         lacking = [name for name in layers if name not in given]
         if lacking:
-            self._attempt.warn(f"`reference` has no weights for {_list(lacking)}: measured from the start of training")
+            self._attempt.warn(
+                f"`reference` has no weights for {some_of(lacking)}: measured from the start of training"
+            )
 
     def _adopt(self, layers: Mapping[str, Tensor]) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""
@@ -314,11 +316,12 @@ class LayerRotationMonitor(CallbackBase):
         zeros = [name for name in whole if not torch.any(self._references[name]).item()]
         if zeros:
             self._attempt.warn(
-                f"{_list(zeros)} start at zero and have no direction: measured from the first non-zero weights"
+                f"{some_of(zeros)} start at zero and have no direction: measured from the first non-zero weights"
             )
 
     def _take_reference(self, name: str, weight: Tensor) -> None:
         # Outside of inference mode also during validation: the copy must live in later steps.
+        self._sums.forget(name)
         with torch.inference_mode(False), torch.no_grad():
             self._references[name] = local_tensor(weight).clone()
             if self.save_reference and shard_count(weight) > 1:
@@ -329,8 +332,11 @@ class LayerRotationMonitor(CallbackBase):
         return int(self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _is_due(self, trainer: "pl.Trainer", step: int) -> bool:
-        # Not "a multiple": by hand, gradients may accumulate so that no step ever meets one.
-        return step // self._cadence(trainer) > self._step // self._cadence(trainer)
+        return self._passes(step, self._cadence(trainer))
+
+    def _passes(self, step: int, every: int) -> bool:
+        # Not "is a multiple": by hand, gradients may accumulate so that no step ever is one.
+        return step // every > self._step // every
 
     def _plan_angles(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> None:
         """Decide which steps' angles are read besides those on the cadence."""
@@ -345,7 +351,7 @@ class LayerRotationMonitor(CallbackBase):
             self._angle_every = max(1, min(self._angle_every, steps // _FEWEST_READINGS))
 
     def _angle_is_due(self, step: int) -> bool:
-        return step <= self._dense_until or step // self._angle_every > self._step // self._angle_every
+        return step <= self._dense_until or self._passes(step, self._angle_every)
 
     def _watch_rates(self, trainer: "pl.Trainer") -> None:
         rates = current_rates(trainer)
@@ -467,8 +473,3 @@ class LayerRotationMonitor(CallbackBase):
         self._before = {}
         if training:
             self._output.finish(trainer, self.history)
-
-
-def _list(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -137,6 +137,26 @@ def test_the_facts_say_whether_the_learning_rate_stayed(schedule: Any) -> None:
     assert monitor.history.facts["momentum"] == 0.9
 
 
+def test_a_second_training_at_another_constant_rate_is_constant_too() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    for lr in (0.1, 0.02):
+        module = Net(lambda m, lr=lr: torch.optim.SGD(m.parameters(), lr=lr))
+        fit(monitor, module=module)
+        assert monitor.history.facts["constant_learning_rate"] is True
+
+
+@pytest.mark.parametrize("carried", ["nothing", "no weights"])
+def test_sums_start_with_the_weights_that_a_resumed_training_measures_from(carried: str, tmp_path: Path) -> None:
+    first = [LayerRotationMonitor(report=False, save_reference=False)] if carried == "no weights" else []
+    fit(*first, data=batches(identical=True)).save_checkpoint(tmp_path / "half.ckpt")
+    monitor, saved = LayerRotationMonitor(report=False), SavedWeights()
+    run = trainer(monitor, saved, max_epochs=2)
+    with pytest.warns(UserWarning, match="the checkpoint holds no"):
+        run.fit(Net(), batches(identical=True), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    path = by_hand(saved.snapshots)["angular_update"].sum(0)
+    np.testing.assert_allclose(monitor.history.values("path")[-1].numpy(), path, rtol=1e-5)
+
+
 def test_the_facts_name_layers_before_a_batch_norm_and_the_length() -> None:
     monitor, module = LayerRotationMonitor(report=False), Net()
     module.body = nn.Sequential(module.body[0], nn.BatchNorm1d(module.body[0].out_features), *module.body[1:])

@@ -42,6 +42,22 @@ def test_a_step_that_was_read_already_counts_once() -> None:
     assert sums.values(["a"])["path"] == pytest.approx([0.5])
 
 
+def test_steps_before_the_start_do_not_count() -> None:
+    sums = RunningSums(100)
+    sums.add(["a"], torch.tensor([0.1]), 101)
+    sums.add(["a"], torch.tensor([0.2]), 104)
+    assert sums.values(["a"])["path"] == pytest.approx([0.1 + 3 * 0.2])
+    assert (sums.readings, sums.dense) == (2, 101)
+
+
+def test_a_layer_that_is_forgotten_starts_again() -> None:
+    sums = added({1: [0.1, 0.2], 2: [0.3, 0.1]})
+    sums.forget("a")
+    sums.add(["a", "b"], torch.tensor([0.5, 0.5]), 3)
+    assert sums.values(["a", "b"])["path"] == pytest.approx([0.5, 0.2 + 0.1 + 0.5])
+    sums.forget("c")
+
+
 def test_sums_go_on_from_their_state() -> None:
     straight = added({1: [0.1, 0.2], 3: [0.3, 0.1], 4: [0.2, 0.1]})
     resumed = RunningSums.from_state_dict(added({1: [0.1, 0.2], 3: [0.3, 0.1]}).state_dict())
