@@ -155,7 +155,7 @@ class BorrowedOptimizer:
         self.optimizer.param_groups = list({id(group): group for group in groups.values()}.values())
         self.optimizer.state = known
         if loan.on_host:
-            # torch asks for an accelerator before each step of some optimizers, which may take as long as the step.
+            # torch looks for an accelerator before each step of some optimizers: once a chunk, that adds up.
             vars(self.optimizer).update(dict.fromkeys(_CAPTURE_CHECKS, _nothing))
         stepped = False
         try:

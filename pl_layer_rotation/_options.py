@@ -86,42 +86,50 @@ def check_weight_decay(group: Mapping[str, Any]) -> None:
         )
 
 
-def check_state(
-    parameters: Sequence[Tensor], entries: Sequence[Mapping[str, Any]], describe: Callable[[Tensor], str]
+def check_saved_options(saved: ParamGroup, base: BorrowedOptimizer) -> None:
+    """Raise for a saved group that lacks what the base needs."""
+    wanted = [
+        key for key, value in base.optimizer.defaults.items() if value is not None and not isinstance(value, bool)
+    ]
+    missing = [key for key in wanted if key not in saved]
+    if missing:
+        raise _of_another_base(base, "groups", missing)
+
+
+def check_saved_state(
+    saved: ParamGroup,
+    entries: Sequence[Mapping[str, Any]],
+    group: ParamGroup,
+    base_of: Callable[[bool], BorrowedOptimizer],
+    describe: Callable[[Tensor], str],
 ) -> None:
-    """Raise for the state of tensors of other shapes: a fused kernel would read and write past its end."""
-    for parameter, entry in zip(parameters, entries, strict=False):
-        if is_lazy(parameter):
+    """Raise for a saved group's state that comes from another base, or from tensors of other shapes.
+
+    The base would miss entries at a step, and a fused kernel would read and write past the end of a shorter tensor.
+    """
+    needed: dict[bool, set[str]] = {}
+    for parameter, entry in zip(group["params"], entries, strict=False):
+        keys = entry.keys() - {NORM}
+        if not keys or is_lazy(parameter):
             continue
-        allowed = (parameter.shape, local_tensor(parameter).shape)
-        for key, value in entry.items():
-            of_tensor = isinstance(value, Tensor) and value.dim() > 0 and key != NORM
-            if of_tensor and value.shape not in allowed:
+        turns = rotates(parameter, group)
+        base = base_of(turns)
+        shapes = (parameter.shape, local_tensor(parameter).shape)
+        for key in sorted(keys) if "fused" in base.optimizer.defaults else ():
+            value = entry[key]
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape not in shapes:
                 raise ValueError(
                     "`state_dict` must come from an optimizer over the same tensors in the same order, got "
                     f"{key} of shape {tuple(value.shape)} for {describe(parameter)}. Make the groups as they were."
                 )
-
-
-def check_keys(
-    group: ParamGroup,
-    saved: Mapping[str, Any],
-    entries: Sequence[Mapping[str, Any]],
-    base_of: Callable[[bool], BorrowedOptimizer],
-) -> None:
-    """Raise for the saved state of a base with other entries, which would be missed at a step."""
-    needed: dict[bool, set[str]] = {}
-    for parameter, entry in zip(group["params"], entries, strict=False):
-        keys = entry.keys() - {NORM}
-        if not keys:
-            continue
-        turns = not is_lazy(parameter) and rotates(parameter, group)
-        base = base_of(turns)
         if turns not in needed:
             needed[turns] = base.state_keys({**options_of_base({**group, **saved}), "lr": 1.0})
-        missing = needed[turns] - keys
-        if missing:
-            raise ValueError(
-                f"`state_dict` must come from Layca over {type(base.optimizer).__name__}, got a state without "
-                f"{', '.join(sorted(missing))}. Make the optimizer with the base that was saved."
-            )
+        if missing := needed[turns] - keys:
+            raise _of_another_base(base, "a state", sorted(missing))
+
+
+def _of_another_base(base: BorrowedOptimizer, what: str, missing: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"`state_dict` must come from Layca over {type(base.optimizer).__name__}, got {what} without "
+        f"{', '.join(missing)}. Make the optimizer with the base that was saved."
+    )

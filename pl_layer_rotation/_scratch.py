@@ -68,7 +68,7 @@ class Layer:
         """``(u·w, u·u, w·w)`` on the CPU, products in the dtype of the weights, but at least fp32.
 
         Each turn ends at the initial norm, so a large layer's norm is read only where somebody may have written to the
-        weights, and now and then against drift: a tenth of a step. When that is depends on the weights alone, and
+        weights, and now and then against drift. When that is depends on the weights alone, and
         round-off does not count as a change: a resumed training takes the same numbers as one that went on.
         """
         if self._pieces is None:
@@ -116,11 +116,13 @@ class Chunk:
 
     Attributes:
         items: index of the param group and parameter.
+        pieces: what this process holds of each parameter.
         lent: a stand-in for each parameter, in its shape, layout and distributed form, zero before the base's step.
         loan: the same as the base takes it.
         layers: the layers held here, tensor after tensor.
         rows: the row of each of them among all layers of the chunk, also those that other processes hold.
         starts: first row of each tensor, and the number of rows at the end.
+        leading_shapes: shape of each tensor's rows: its leading dimensions.
         counts: in how many pieces each row's tensor is cut.
         is_whole: whether this process holds every layer whole.
 
@@ -183,8 +185,10 @@ class Plan:
 
     Attributes:
         key: what the plan holds for.
-        plain: what takes the base's plain step, and the same as the base takes it.
+        plain: what takes the base's plain step.
+        plain_loan: the same as the base takes it.
         rotating: both kinds of rotating tensors.
+        bfloat16: indices of the groups that rotate bfloat16 weights.
         known: entries that the optimizer's state had after the last step with this plan; -1 before the first.
         whole: rotating tensors that this process holds whole, in runs that share one bounded scratch.
         sharded: rotating tensors of which this process holds pieces; None where there are none. Those without a
@@ -223,6 +227,7 @@ class Plan:
         _provide(own, [sharded])
         self.sharded = chunk(sharded, own) if sharded else None
         self.rotating = whole + sharded
+        self.bfloat16 = {index for index, parameter in self.rotating if parameter.dtype == torch.bfloat16}
 
 
 def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:
@@ -266,7 +271,7 @@ def _runs(items: list[Item]) -> list[list[Item]]:
 
 
 def _aligned(elements: int) -> int:
-    """Elements up to where the next tensor starts: at 64 bytes, off which a dot product was six times slower."""
+    """Elements up to where the next tensor starts: at 64 bytes, off which dot products are slow."""
     return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -106,7 +106,7 @@ def layca_optimizers(
     Example::
 
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> optimizer = layca_optimizers(net, lr=0.02, base="Muon", plain_base="AdamW")["optimizer"]
+        >>> optimizer = layca_optimizers(net, lr=0.02, base="AdamW")["optimizer"]
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('rotating', 0.02), ('plain', 0.01)]
 

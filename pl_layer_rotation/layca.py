@@ -15,10 +15,10 @@ from pl_layer_rotation._options import (
     NORM,
     OWN_OPTIONS,
     ParamGroup,
-    check_keys,
     check_leading_dims,
     check_lr,
-    check_state,
+    check_saved_options,
+    check_saved_state,
     check_weight_decay,
     make_two,
     options_of_base,
@@ -241,11 +241,12 @@ class Layca(Optimizer):
                 loss = closure()
         # Tensors keep their memory from step to step; what follows from that alone is worked out once.
         if self._plan is None or self._plan.key != plan_key(self.param_groups):
-            self._plan = Plan(self.param_groups, self._scratch)
-            self._check_pieces()
-            self._drop_placeholders(self._plan)
+            plan = Plan(self.param_groups, self._scratch)
+            self._check_pieces(plan)
+            self._drop_placeholders(plan)
+            self._plan = plan
         plan = self._plan
-        if not self._told_resolution:
+        if plan.bfloat16 and not self._told_resolution:
             self._tell_resolution(plan)
         new_norms = self._new_norms(plan) if len(self.state) != plan.known else {}
         plain_options = [_lent_options(group) for group in self.param_groups]
@@ -284,21 +285,10 @@ class Layca(Optimizer):
 
         """
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            base = (self._base if group["rotate"] else self._plain_base).optimizer
-            wanted = [k for k, v in base.defaults.items() if v is not None and not isinstance(v, bool)]
-            missing = [key for key in wanted if key not in saved]
-            if missing:
-                raise ValueError(
-                    f"`state_dict` must come from Layca over {type(base).__name__}, got groups without "
-                    f"{', '.join(missing)}. Make the optimizer with the base that was saved."
-                )
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if "fused" in self._base.optimizer.defaults:
-            check_state(parameters, [state_dict["state"].get(i, {}) for i in ids], self._describe)
+            check_saved_options(saved, self._base_of(group["rotate"]))
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
             entries = [state_dict["state"].get(i, {}) for i in saved["params"]]
-            check_keys(group, saved, entries, lambda turns: self._base if turns else self._plain_base)
+            check_saved_state(saved, entries, group, self._base_of, self._describe)
         ours = [{key: g[key] for key in ("name", "lr", *OWN_OPTIONS) if key in g} for g in self.param_groups]
         plain = ["rotate" not in saved for saved in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
@@ -313,10 +303,11 @@ class Layca(Optimizer):
                 "Layca loaded the state of a plain optimizer: it keeps its own rates and options, and today's norms.",
                 stacklevel=2,
             )
-        for i, parameter in zip(ids, parameters, strict=True):
-            norm = state_dict["state"].get(i, {}).get(NORM)
-            if norm is not None:
-                self.state[parameter][NORM] = norm.detach().to(parameter.device, copy=True)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for i, parameter in zip(saved["params"], group["params"], strict=True):
+                norm = state_dict["state"].get(i, {}).get(NORM)
+                if norm is not None:
+                    self.state[parameter][NORM] = norm.detach().to(parameter.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three fields only; a copy without its base could not step.
@@ -338,10 +329,12 @@ class Layca(Optimizer):
             groups = [group for group in self.param_groups if bool(group["rotate"]) is turns]
             base.fill_in(groups, {p: entry for p, entry in self.state.items() if (p in turning) is turns})
 
+    def _base_of(self, turns: bool) -> BorrowedOptimizer:
+        return self._base if turns else self._plain_base
+
     def _tell_resolution(self, plan: Plan) -> None:
         """Warn once where bfloat16 weights round most of a step away."""
-        indices = {index for index, parameter in plan.rotating if parameter.dtype == torch.bfloat16}
-        rates = [self.param_groups[index]["lr"] for index in indices]
+        rates = [self.param_groups[index]["lr"] for index in plan.bfloat16]
         # The value of a rate on an accelerator would have to be waited for.
         small = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
         small = [rate for rate in small if 0 < rate < geometry.BF16_LIMIT]
@@ -354,24 +347,17 @@ class Layca(Optimizer):
                 stacklevel=5,
             )
 
-    def _check_pieces(self) -> None:
+    def _check_pieces(self, plan: Plan) -> None:
         """Raise for tensors of which nobody knows what they are pieces of."""
         groups = self.param_groups
-        stepped = [p for group in groups if group["rotate"] for p in group["params"] if p.grad is not None]
-        flattened = [parameter for parameter in stepped if is_unknown_piece(parameter)]
+        flattened = [p for index, p in plan.plain if groups[index]["rotate"] and is_unknown_piece(p)]
         if flattened:
             raise RuntimeError(
                 f"`params` must keep their shape, got {', '.join(map(self._describe, flattened[:3]))}, flattened by "
                 "FSDP1: a layer cannot be told from a bias. Use `layca_optimizers(self)`, which knows their shapes, or "
                 "ModelParallelStrategy with `fully_shard` (FSDP2)."
             )
-        cut = [
-            parameter
-            for group in groups
-            if group["rotate"] and group["leading_dims"]
-            for parameter in group["params"]
-            if original_shape(parameter) != parameter.shape
-        ]
+        cut = [p for index, p in plan.rotating if groups[index]["leading_dims"] and original_shape(p) != p.shape]
         if cut:
             raise RuntimeError(
                 f"`leading_dims` must be 0 where FSDP1 cuts layers, got {', '.join(map(self._describe, cut[:3]))}. "

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from contract.cases import angle, give_gradients, snapshot
+from contract.cases import angle, give_gradients, needs_muon, snapshot
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nets import Net, batches, trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
@@ -459,6 +459,7 @@ class Images(Net):
 MUON = {"base": "Muon", "plain_base": "AdamW", "tangential": False}
 
 
+@needs_muon
 def test_muon_turns_matrices_by_the_formula_of_hyperball_and_adamw_steps_the_rest() -> None:
     module = Net()
     optimizer = layca_optimizers(module, lr=0.02, plain_lr=0.2, **MUON)["optimizer"]
@@ -483,6 +484,7 @@ def test_muon_turns_matrices_by_the_formula_of_hyperball_and_adamw_steps_the_res
         torch.testing.assert_close(snapshot(rest), snapshot(adamw_rest), rtol=1e-5, atol=1e-6)
 
 
+@needs_muon
 def test_muon_trains_under_lightning_and_keeps_the_norms() -> None:
     monitor = LayerRotationMonitor(report=False)
     trainer(monitor, max_epochs=2).fit(Net(recipe(schedule="cosine", **MUON)), batches())
@@ -491,6 +493,7 @@ def test_muon_trains_under_lightning_and_keeps_the_norms() -> None:
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=0.0)
 
 
+@needs_muon
 def test_layers_that_the_base_refuses_are_named_with_the_way_out() -> None:
     text = (
         "`base` must take the shape of every rotating layer, got Muon, which refuses stem. "
@@ -501,6 +504,7 @@ def test_layers_that_the_base_refuses_are_named_with_the_way_out() -> None:
     assert rates(layca_optimizers(Images(None), exclude=["stem"], **MUON)["optimizer"])["plain"] == 0.01
 
 
+@needs_muon
 def test_plain_tensors_that_the_base_refuses_are_named_with_the_way_out() -> None:
     text = (
         "`plain_base` must take every shape, got Muon, which refuses body.0.bias, body.1.weight, body.1.bias, "

@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from contract.cases import angle, needs_muon
 from torch import Tensor, nn
 
-from pl_layer_rotation import Layca, layer_rotation
-
-
-def angle(before: Tensor, after: Tensor) -> float:
-    distance = float(layer_rotation(after, before))
-    return math.atan2(math.sqrt(distance * (2 - distance)), 1 - distance)
+from pl_layer_rotation import Layca
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,6 +33,7 @@ def groups(matrix: nn.Parameter, bias: nn.Parameter) -> list[dict[str, Any]]:
     return [{"params": [matrix], "name": "rotating"}, {"params": [bias], "rotate": False, "lr": 0.01, "name": "plain"}]
 
 
+@needs_muon
 def test_plain_tensors_take_the_steps_of_their_own_base() -> None:
     matrix, bias = nn.Parameter(randn(6, 4)), nn.Parameter(randn(5, seed=1))
     twin = nn.Parameter(bias.detach().clone())
@@ -51,6 +48,7 @@ def test_plain_tensors_take_the_steps_of_their_own_base() -> None:
     assert (optimizer.base_class, optimizer.plain_base_class) == (torch.optim.Muon, torch.optim.AdamW)
 
 
+@needs_muon
 def test_the_direction_is_that_of_the_base() -> None:
     matrix, bias = nn.Parameter(randn(6, 4, dtype=torch.float64)), nn.Parameter(randn(5, seed=1, dtype=torch.float64))
     start = matrix.detach().clone()
@@ -67,6 +65,7 @@ def test_the_direction_is_that_of_the_base() -> None:
     assert angle(start, matrix) == pytest.approx(math.atan(0.05), rel=1e-9)
 
 
+@needs_muon
 def test_each_group_holds_the_options_of_its_base() -> None:
     matrix, bias = nn.Parameter(randn(6, 4)), nn.Parameter(randn(5))
     optimizer = Layca(
@@ -77,6 +76,7 @@ def test_each_group_holds_the_options_of_its_base() -> None:
     assert (plain["betas"], plain["weight_decay"]) == ((0.8, 0.9), 0.01)
 
 
+@needs_muon
 def test_a_bias_in_a_rotating_group_takes_the_defaults_of_the_plain_base() -> None:
     matrix, bias = nn.Parameter(randn(6, 4)), nn.Parameter(randn(5, seed=1))
     twin = nn.Parameter(bias.detach().clone())
@@ -88,6 +88,7 @@ def test_a_bias_in_a_rotating_group_takes_the_defaults_of_the_plain_base() -> No
     torch.testing.assert_close(bias, twin)
 
 
+@needs_muon
 def test_a_plain_group_added_later_takes_the_plain_bases_defaults() -> None:
     matrix, bias, late = nn.Parameter(randn(6, 4)), nn.Parameter(randn(5)), nn.Parameter(randn(3))
     optimizer = Layca(groups(matrix, bias), **MUON)
@@ -98,6 +99,7 @@ def test_a_plain_group_added_later_takes_the_plain_bases_defaults() -> None:
     assert optimizer.state[late].keys() == {"step", "exp_avg", "exp_avg_sq", "initial_norm"}
 
 
+@needs_muon
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy"])
 def test_two_bases_go_on_bit_by_bit(way: str) -> None:
     def make() -> tuple[list[nn.Parameter], Layca]:
@@ -109,9 +111,7 @@ def test_two_bases_go_on_bit_by_bit(way: str) -> None:
         give_gradients(tensors, step)
         optimizer.step()
     if way == "deepcopy":
-        resumed, others = copy.deepcopy((tensors, optimizer))
-        others = copy.deepcopy({"tensors": tensors, "optimizer": optimizer})
-        resumed, other = others["tensors"], others["optimizer"]
+        resumed, other = copy.deepcopy((tensors, optimizer))
     else:
         resumed, other = make()
         file = io.BytesIO()
@@ -130,6 +130,17 @@ def test_two_bases_go_on_bit_by_bit(way: str) -> None:
 def test_an_unknown_plain_base_is_named() -> None:
     with pytest.raises(ValueError, match=r"`plain_base` must name an optimizer of torch\.optim, got 'Adamm'"):
         Layca([nn.Parameter(randn(6, 4))], base="SGD", plain_base="Adamm")
+
+
+@needs_muon
+def test_the_state_of_other_plain_tensors_is_refused_also_where_the_base_has_no_fused_kernel() -> None:
+    tensors = [nn.Parameter(randn(6, 4)), nn.Parameter(randn(5, seed=1))]
+    optimizer = Layca(groups(*tensors), **MUON)
+    give_gradients(tensors)
+    optimizer.step()
+    other = Layca(groups(nn.Parameter(randn(6, 4)), nn.Parameter(randn(7))), **MUON)
+    with pytest.raises(ValueError, match=r"got exp_avg of shape \(5,\) for parameter 0 of group 'plain' \(7,\)"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 # --- leading_dims

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from contract.cases import angle
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pl_layer_rotation import Layca, _turning, layer_rotation
+from pl_layer_rotation import Layca, _turning
 
 # What makes Python wait for an accelerator.
 WAITING = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "is_nonzero"}
@@ -54,11 +55,6 @@ def give_gradients(tensors: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for tensor in tensors:
         tensor.grad = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-
-
-def angle(before: Tensor, after: Tensor) -> float:
-    distance = float(layer_rotation(after, before))
-    return math.atan2(math.sqrt(distance * (2 - distance)), 1 - distance)
 
 
 BASES: dict[str, dict[str, Any]] = {

@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 
 # A convolution, a matrix, a row, and a layer so large that its norm is not read in every step.
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 2, 3, 3), (40, 30), (1, 7), (130, 130))
@@ -56,6 +59,12 @@ def norm(tensor: Tensor) -> float:
 
 def snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def copy_weights(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for theirs, ours in zip(source, target, strict=True):
+            ours.copy_(theirs)
 
 
 def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_optimizer as published
 import torch
-from contract.cases import angle, flat, give_gradients, layers, same, take_steps
+from contract.cases import angle, copy_weights, flat, give_gradients, layers, needs_muon, same, take_steps
 from torch import Tensor, nn
 
 from pl_layer_rotation import Layca
@@ -85,9 +85,7 @@ def test_published_optimizers_turn_by_the_angle_and_resume_bit_by_bit(name: str)
     torch.save(optimizer.state_dict(), stream)
     stream.seek(0)
     resumed.load_state_dict(torch.load(stream, weights_only=True))
-    with torch.no_grad():
-        for ours, theirs in zip(others, tensors, strict=True):
-            ours.copy_(theirs)
+    copy_weights(tensors, others)
     copied = copy.deepcopy(optimizer)
     for one in (optimizer, resumed, copied):
         take_steps(one, 3, 6)
@@ -133,6 +131,7 @@ def test_the_average_of_asgd_is_not_one_of_the_weights() -> None:
     torch.testing.assert_close(optimizer.state[weight]["ax"], -weight.grad, rtol=1e-6, atol=0.0)
 
 
+@needs_muon
 @pytest.mark.contract("O42")
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8}], ids=str)
 def test_muon_turns_matrices_while_another_base_steps_the_rest(options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import angle, layers, norm, same, snapshot, take_steps
+from contract.cases import angle, copy_weights, layers, norm, same, snapshot, take_steps
 from processes import launch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -56,9 +56,7 @@ def test_a_step_count_may_be_a_number_or_a_tensor(base: str, convert: Callable[[
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
         entry["step"] = convert(float(entry["step"]))
-    with torch.no_grad():
-        for ours, theirs in zip(others, tensors, strict=True):
-            ours.copy_(theirs)
+    copy_weights(tensors, others)
     resumed.load_state_dict(state)
     take_steps(optimizer, 3, 5)
     take_steps(resumed, 3, 5)
@@ -102,9 +100,7 @@ def test_a_checkpoint_without_the_options_that_came_later_gets_their_defaults(ba
             group.pop(option, None)
     resumed = Layca(others, base=base)
     resumed.load_state_dict(state)
-    with torch.no_grad():
-        for ours, theirs in zip(others, tensors, strict=True):
-            ours.copy_(theirs)
+    copy_weights(tensors, others)
     take_steps(optimizer, 2, 4)
     take_steps(resumed, 2, 4)
     assert same(tensors, others)
