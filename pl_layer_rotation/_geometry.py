@@ -26,8 +26,8 @@ _DEVICE_CHUNK = 1 << 22
 _RADIAL_LIMIT = 16.0
 # Sums of squares outside of this range under- or overflow in fp32 products.
 _SAFE_SQUARES = (1e-30, 1e30)
-# Cosine distance below which a layer counts as still.
-_STILL = 1e-8
+# Cosine distance below which a layer counts as still; the smallest of one that really moved was 1.2e-7.
+STILL = 1e-8
 # Share of the step that must be tangential: below, a step is radial and its direction round-off.
 _RADIAL_STEP = 1e-12
 # The same where products are rounded to fp32 and nobody can look whether they should be taken again.
@@ -102,7 +102,7 @@ def straightness(distance: Tensor, path_square: Tensor, momentum: float) -> Tens
     """
     factor = (1 + momentum) / (1 - momentum)
     walk = angle(-torch.expm1(-0.5 * factor * path_square))
-    return (angle(distance) / walk).where((distance >= _STILL) & (path_square > 0), torch.nan)
+    return (angle(distance) / walk).where((distance >= STILL) & (path_square > 0), torch.nan)
 
 
 def norm_ratio(sums: Tensor, scales: Tensor) -> Tensor:

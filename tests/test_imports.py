@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_output": {"_lightning", *REPORT},
     "_lightning": {"layca", "layer_selection"},
     "history": set(),
-    **dict.fromkeys(REPORT - {"history"}, REPORT),
+    **dict.fromkeys(REPORT - {"history"}, REPORT | {"_geometry"}),
     "cli": REPORT,
     "monitor": ANY,
     "__init__": ANY,

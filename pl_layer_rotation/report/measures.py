@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation.history import RotationHistory
-
-STILL = 1e-8  # rotation; the smallest of a layer that really moved was 1.2e-7
 
 _ALMOST_ALL = 0.99  # of a path
 _DENSE, _MOST_DENSE = 0.1, 1000  # share of the run, and steps, at the start in which no step's angle may be missed
@@ -38,7 +37,7 @@ class Measures:
 
         rotation, self.norms = recorded("rotation"), recorded("norm_ratio")
         self.rotation, self.norm = _last(rotation), _last(self.norms)
-        self.angles = (2 * (self.rotation / 2).sqrt().asin()).tolist()
+        self.angles = geometry.angle(self.rotation).tolist()
         self.thetas = recorded("angular_update")
         self.last_finite = _last(self.steps[:, None].where(rotation.isfinite(), torch.nan))
         self._sort(history, rotation)
@@ -57,7 +56,7 @@ class Measures:
         # Weights that went to zero have no direction, but still a norm.
         read = "rotation" in history.quantities
         lost = (rotation[-1].isnan() & self.norms[-1].isnan() & read).tolist()
-        rotated = (self.rotation >= STILL).tolist()
+        rotated = (self.rotation >= geometry.STILL).tolist()
         self.measured = [i for i in layers if measured[i] and not late[i]]
         self.moving = [i for i in self.measured if rotated[i] and not lost[i]]
         # What vanishes while others go on has left the module.
@@ -97,10 +96,7 @@ class Measures:
         momentum = number(self.facts, "momentum")
         if momentum is None or not 0 <= momentum < 1:
             return [math.nan] * len(self.names)
-        factor = (1 + momentum) / (1 - momentum)
-        # 1 - exp(-x) and arccos(1 - r) in the forms that keep the digits of small numbers.
-        walk = 2 * (-torch.expm1(-0.5 * factor * _last(self.squares)) / 2).sqrt().asin()
-        return list((torch.tensor(self.angles) / walk).where(walk > 0, torch.nan).tolist())
+        return list(geometry.straightness(self.rotation, _last(self.squares), momentum).tolist())
 
     def stopped(self) -> dict[int, float]:
         """For each moving layer, the first share of the run that holds 99 % of its path."""

@@ -119,6 +119,22 @@ class SaveHalf(pl.Callback):
                 trainer.save_checkpoint(path)
 
 
+def train(module: pl.LightningModule, strategy: str, world: int, *callbacks: pl.Callback, resume: str | None) -> Any:
+    """Two epochs of three steps; every process sees the same batches."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(*(torch.randn(12, width, generator=generator) for width in (7, 1)))
+    run = trainer(
+        *callbacks,
+        devices=world,
+        strategy=STRATEGIES[strategy](world),
+        max_epochs=2,
+        use_distributed_sampler=False,
+    )
+    run.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume, weights_only=False if resume else None)
+    run.strategy.barrier()
+    return run
+
+
 def fit(
     strategy: str,
     world: int,
@@ -127,19 +143,9 @@ def fit(
     resume: str | None = None,
     net: type[Net] = Net,
 ) -> Weights:
-    """Two epochs of three steps; every process sees the same batches."""
-    generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(*(torch.randn(12, width, generator=generator) for width in (7, 1)))
-    run = trainer(
-        SaveHalf(save or {}),
-        devices=world,
-        strategy=STRATEGIES[strategy](world),
-        max_epochs=2,
-        use_distributed_sampler=False,
-    )
+    """Weights after a training, or after one that goes on from a checkpoint."""
     module = net(strategy, optimizer)
-    run.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume, weights_only=False if resume else None)
-    run.strategy.barrier()
+    run = train(module, strategy, world, SaveHalf(save or {}), resume=resume)
     assert run.global_step == 6
     if isinstance(run.strategy.model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(run.strategy.model):

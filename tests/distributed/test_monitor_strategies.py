@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from nets import trainer
 from processes import launch
-from test_layca_strategies import FOLDERS, FORMS, HYBRID, STRATEGIES, WORLDS, Net, Route, SaveHalf, describe
+from test_layca_strategies import FOLDERS, FORMS, HYBRID, STRATEGIES, WORLDS, Net, Route, SaveHalf, describe, train
 from test_layca_strategies import pytestmark as STRATEGY_MARKS
-from torch.utils.data import DataLoader, TensorDataset
 
 from pl_layer_rotation import LayerRotationMonitor
 
@@ -65,22 +63,9 @@ def fit(
     resume: str | None = None,
     momentum: bool = True,
 ) -> Seen:
-    """Two epochs of three steps; every process sees the same batches."""
-    generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(*(torch.randn(12, width, generator=generator) for width in (7, 1)))
+    """What the monitor saw of a training, or of one that goes on from a checkpoint."""
     monitor = LayerRotationMonitor(every_n_steps=1, report=False)
-    run = trainer(
-        SaveHalf(save or {}),
-        monitor,
-        *callbacks,
-        devices=world,
-        strategy=STRATEGIES[strategy](world),
-        max_epochs=2,
-        use_distributed_sampler=False,
-    )
-    module = OneGroup(strategy, momentum)
-    run.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume, weights_only=False if resume else None)
-    run.strategy.barrier()
+    train(OneGroup(strategy, momentum), strategy, world, SaveHalf(save or {}), monitor, *callbacks, resume=resume)
     state = monitor.state_dict()
     for fact in ("epochs", "metrics"):
         # How the training ended: the first process notes it, which reports.
