@@ -49,8 +49,8 @@ class LayerRotationMonitor(CallbackBase):
 
     Takes a copy of the layers' weights when training starts, reads them on the trainer's log cadence and once more at
     the end, and says what it saw: scalars to every logger, :attr:`history`, a table, and a self-contained HTML page.
-    Works on one device and under DDP, resumes with the checkpoint, and never ends a training because of itself: what
-    goes wrong in logging or reporting is a warning.
+    Works on one device, under DDP, FSDP and tensor parallelism, resumes with the checkpoint, and never ends a training
+    because of itself: what goes wrong in logging or reporting is a warning.
 
     Logged keys, with the layer's depth in front of its name so that alphabetical order is depth order:
 
@@ -58,8 +58,8 @@ class LayerRotationMonitor(CallbackBase):
     - ``layer_rotation_stats/mean``, ``min``, ``max``: over layers; also in ``trainer.callback_metrics`` from the first
       reading or validation on, for ``EarlyStopping`` and ``ModelCheckpoint``; NaN there once weights are not finite;
     - ``layer_straightness_stats/median``: over layers, how much straighter than a random walk of the same steps they
-      moved; also in ``callback_metrics``. Near 1 in well-tuned trainings; above 1.7 a higher learning rate gave a lower
-      loss in 47 of 47 cases (small networks, 200 to 6000 steps). Usable from a tenth of a training on; absent where the
+      moved; also in ``callback_metrics``. Near 1 in well-tuned trainings; above 1.7 the learning rate is too low, see
+      ``benchmarks/findings.py``. Usable from a tenth of a training on; absent where the
       optimizer's momentum is not known.
     - ``layer_angular_update/…`` (radians turned by the optimizer steps of one batch), ``layer_norm_ratio/…`` (norm
       over norm at the start) and ``layer_straightness/…`` where ``log_quantities`` asks for them; the history always
