@@ -42,7 +42,12 @@ BF16_LIMIT = _BF16_SHARES[-1][0]
 
 
 def rotation_sums(
-    weights: Sequence[Tensor], references: Sequence[Tensor], whole: Sequence[bool]
+    weights: Sequence[Tensor],
+    references: Sequence[Tensor],
+    whole: Sequence[bool],
+    reference_squares: Sequence[float] | None = None,
+    *,
+    close: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The four sums of each layer, as right as its dtype allows, and the scales that they were taken with.
 
@@ -52,23 +57,28 @@ def rotation_sums(
 
     Args:
         weights: local tensors, one a layer.
-        references: local tensors of the same shapes.
+        references: local tensors of the same shapes, maybe on another device.
         whole: whether the tensors are whole layers, not pieces.
+        reference_squares: ``o·o`` of each layer where it is known from before, NaN elsewhere: saves a product.
+        close: whether weights and references differ by single steps; with known squares that saves another product.
 
     Returns:
         Sums ``(layers, 4)`` and scales ``(layers,)``, both float64, on the CPU.
 
     """
-    rows = [
-        _sums(weight, reference, 1.0, exact=not is_whole)
-        for weight, reference, is_whole in zip(weights, references, whole, strict=True)
-    ]
+    squares = [math.nan] * len(weights) if reference_squares is None else reference_squares
+    rows: list[list[float] | Tensor] = []
+    for weight, reference, is_whole, square in zip(weights, references, whole, squares, strict=True):
+        if is_whole and math.isfinite(square) and weight.device.type == "cpu":
+            rows.append(_sums_with_known_square(weight, reference, square, close=close))
+        else:
+            rows.append(_sums(weight, reference, 1.0, exact=not is_whole))
     scales = torch.ones(len(rows), dtype=torch.float64)
     if not rows:
         return torch.zeros(0, 4, dtype=torch.float64), scales
     sums = _gather(rows)
-    doubtful = _doubtful(sums) & torch.tensor(list(whole))
-    for i in doubtful.nonzero().flatten().tolist():
+    again = doubtful(sums) & torch.tensor(list(whole))
+    for i in again.nonzero().flatten().tolist():
         exact = _gather([_sums(weights[i], references[i], 1.0, exact=True)])[0]
         scale = float((exact[2] / exact[3]).sqrt())
         if math.isfinite(scale) and scale > 0:
@@ -76,6 +86,23 @@ def rotation_sums(
             exact = _gather([_sums(weights[i], references[i], scale, exact=True)])[0]
         sums[i] = exact
     return sums, scales
+
+
+def device_rotation_sums(weights: Sequence[Tensor], references: Sequence[Tensor], whole: Sequence[bool]) -> Tensor:
+    """The four sums with scale 1 on an accelerator, ``(layers, 4)``, without waiting for it.
+
+    Whole layers take products in fp32 (float64 for float64 weights), of which :func:`doubtful` tells the bad ones;
+    pieces in float64.
+    """
+    wide = wide_dtype(weights[0].device)
+    rows = []
+    for weight, reference, is_whole in zip(weights, references, whole, strict=True):
+        parts = []
+        for w, o in _chunks(weight, reference, exact=not is_whole):
+            d = w - o
+            parts.append(torch.stack([(a * b).sum(dtype=wide) for a, b in ((d, d), (d, w), (w, w), (o, o))]))
+        rows.append(torch.stack(parts).sum(0))
+    return torch.stack(rows)
 
 
 def cosine_distance(sums: Tensor) -> Tensor:
@@ -218,7 +245,8 @@ def flat_view(tensor: Tensor) -> Tensor | None:
     return permuted.view(-1) if permuted.is_contiguous() else None
 
 
-def _doubtful(sums: Tensor) -> Tensor:
+def doubtful(sums: Tensor) -> Tensor:
+    """Which layers' sums with scale 1 lost digits to fp32 products: almost only radial, or near the limits of fp32."""
     turned, along, weight_square, reference_square = sums.unbind(-1)
     low, high = _SAFE_SQUARES
     extreme = torch.zeros_like(turned, dtype=torch.bool)
@@ -226,6 +254,17 @@ def _doubtful(sums: Tensor) -> Tensor:
         extreme |= (square < low) | ~(square < high)
     radial = (2 * along - turned) / (weight_square.sqrt() + reference_square.sqrt())
     return extreme | (turned > _RADIAL_LIMIT * (turned - radial.square()).clamp(min=0)) & (turned > 0)
+
+
+def _sums_with_known_square(weight: Tensor, reference: Tensor, square: float, *, close: bool) -> list[float]:
+    """The sums with scale 1, by fewer products."""
+    rows: list[tuple[Tensor, ...]] = []
+    for w, o in _chunks(weight, reference, exact=False):
+        d = w - o
+        rows.append((d.dot(d), d.dot(o)) if close else (d.dot(d), d.dot(w), w.dot(w)))
+    turned, along, *rest = _totals(rows)
+    # w·w = o·o + 2 d·o + d·d has its digits where d is small.
+    return [turned, along, *rest, square] if rest else [turned, along + turned, square + 2 * along + turned, square]
 
 
 def _sums(weight: Tensor, reference: Tensor, scale: float, *, exact: bool) -> Tensor:
@@ -263,15 +302,20 @@ def _accumulate(rows: Sequence[tuple[Tensor, ...]], width: int, like: Tensor) ->
     if not rows:
         return torch.zeros(width, dtype=wide, device=like.device)
     if like.device.type == "cpu":
-        # Python's floats are float64, and cheaper than stacking scalars.
-        return torch.tensor(
-            [math.fsum(value.item() for value in column) for column in zip(*rows, strict=True)], dtype=wide
-        )
+        return torch.tensor(_totals(rows), dtype=wide)
     return torch.stack([torch.stack(row) for row in rows]).sum(0, dtype=wide)
 
 
-def _gather(rows: Sequence[Tensor]) -> Tensor:
+def _totals(rows: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    """Sums of the columns; Python's floats are float64, and cheaper than stacking scalars."""
+    if len(rows) == 1:
+        return [value.item() for value in rows[0]]
+    return [math.fsum(value.item() for value in column) for column in zip(*rows, strict=True)]
+
+
+def _gather(rows: Sequence[list[float] | Tensor]) -> Tensor:
     """Rows of several layers on the CPU, one transfer a device."""
-    if len({row.device for row in rows}) == 1:
-        return torch.stack(list(rows)).cpu().double()
-    return torch.stack([row.cpu().double() for row in rows])
+    tensors = [row for row in rows if isinstance(row, Tensor)]
+    if len(tensors) == len(rows) and len({row.device for row in tensors}) == 1:
+        return torch.stack(tensors).cpu().double()
+    return torch.tensor([row if isinstance(row, list) else row.tolist() for row in rows], dtype=torch.float64)

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from pl_layer_rotation._scratch import rotates
+from pl_layer_rotation._turning import is_exact
 from pl_layer_rotation.layca import Layca
 from pl_layer_rotation.layer_selection import select_layers
 
@@ -38,8 +41,7 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
     """What a reader of the curves wants to know of the run."""
     facts: dict[str, Any] = {"module": type(pl_module).__name__}
     if trainer.optimizers:
-        optimizer = trainer.optimizers[0]
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = _unwrapped(trainer.optimizers[0])
         name = type(optimizer).__name__
         facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name
         group = optimizer.param_groups[0]
@@ -88,6 +90,35 @@ def current_rates(trainer: "pl.Trainer") -> tuple[float, ...]:
     """Learning rates of all param groups that have one."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return tuple(float(group["lr"]) for group in groups if "lr" in group)
+
+
+def layca_optimizers_of(trainer: "pl.Trainer") -> list[Layca]:
+    """The trainer's optimizers that know the angles of their steps."""
+    optimizers = map(_unwrapped, trainer.optimizers)
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, Layca)]
+
+
+def requested_angles(trainer: "pl.Trainer") -> tuple[dict[int, float], set[int]]:
+    """Angles (radians) that Layca's rates ask for, by identity of the tensor, and which it turns by exactly them."""
+    angles: dict[int, float] = {}
+    exact: set[int] = set()
+    for optimizer in layca_optimizers_of(trainer):
+        for group in optimizer.param_groups:
+            turning = [
+                parameter for parameter in group["params"] if not is_lazy(parameter) and rotates(parameter, group)
+            ]
+            angles.update(dict.fromkeys(map(id, turning), math.atan(group["lr"])))
+            exact.update(id(parameter) for parameter in turning if is_exact(parameter, group))
+    return angles, exact
+
+
+def nearby(checkpoint: Any) -> list[Path]:
+    """Folders around a checkpoint: where logs are beside it, in the ways that Lightning lays them out."""
+    return list(Path(os.path.abspath(checkpoint)).parents[:3]) if checkpoint else []
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def log_folder(trainer: "pl.Trainer") -> Path:

@@ -1,6 +1,7 @@
 """What becomes of a reading outside of the history: scalars for loggers, aggregates for callbacks, the report."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ Reading = dict[str, list[float]]
 _STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "min": torch.min, "max": torch.max}
 # Layers above which loggers get the aggregates only: W&B advises fewer than 10,000 distinct metrics in a project.
 _MOST_LOGGED_LAYERS = 1000
+_FILE, _PAGE = "layer_rotation.jsonl", "layer_rotation.html"
+_PAGE_SHARE = 0.01  # of the training's time that renewing the page may take
+_FIRST_PAGE = 60.0  # seconds of training before it: making the first takes a second
 
 
 class Attempts:
@@ -54,11 +58,13 @@ class Output:
         self.log_quantities = tuple(log_quantities)
         self.report = report
         self.attempt = attempt
-        self._saved: tuple[Path, int, list[str]] | None = None  # file, readings and layers that it holds
+        self._saved: tuple[Path, int, list[str]] | None = None  # file, thinning and layers of what it holds
+        self._saved_step = -1
+        self._next_page = 0.0  # time before which the page is not renewed
 
     def prepare(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Start a file of its own for this fit, and tell W&B which metrics will come."""
-        self._saved = None
+        self._saved, self._next_page = None, time.monotonic() + _FIRST_PAGE
         self.attempt("the preparation of W&B", self._prepare_wandb, trainer, history)
 
     def log(self, trainer: "pl.Trainer", history: RotationHistory, step: int, reading: Reading, diverged: bool) -> None:
@@ -90,6 +96,15 @@ class Output:
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in published.items()})
         return metrics
 
+    def refresh(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
+        """Renew the page while training goes on, as long as that takes little of its time."""
+        wanted = self.report and len(history) and trainer.is_global_zero
+        if wanted and not trainer.fast_dev_run and time.monotonic() >= self._next_page:  # type: ignore[attr-defined]
+            start = time.monotonic()
+            self.attempt("writing the page", self._write_page, history, log_folder(trainer) / _PAGE)
+            end = time.monotonic()
+            self._next_page = end + (end - start) / _PAGE_SHARE
+
     def finish(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Report at the end of a training, on the first process. No collective: it may be alone."""
         if not len(history) or not trainer.is_global_zero:
@@ -104,12 +119,13 @@ class Output:
 
     def _save(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Keep the file up to date while training goes on: a run that is killed leaves its curves."""
-        path = log_folder(trainer) / "layer_rotation.jsonl"
-        if self._saved == (path, len(history) - 1, history.layer_names):
+        path = log_folder(trainer) / _FILE
+        kept = (path, history.thinned_to, list(history.layer_names))
+        if self._saved == kept and history.steps[-1] > self._saved_step:
             history.save_last_row(path)
         else:
             history.save(path)
-        self._saved = (path, len(history), list(history.layer_names))
+        self._saved, self._saved_step = kept, history.steps[-1]
 
     def _statistic_keys(self) -> list[str]:
         return [f"layer_{quantity}_stats/{name}" for quantity, names in self._aggregates().items() for name in names]
@@ -124,14 +140,15 @@ class Output:
 
         print_table(history)
         folder = log_folder(trainer)
-        self.attempt("writing the history", history.save, folder / "layer_rotation.jsonl")
-        self.attempt("writing the page", self._write_page, history, folder / "layer_rotation.html")
+        self.attempt("writing the history", history.save, folder / _FILE)
+        self.attempt("writing the page", self._write_page, history, folder / _PAGE)
+        if (folder / _PAGE).is_file():
+            print(f"Layer rotation: {folder / _PAGE}")
 
     def _write_page(self, history: RotationHistory, path: Path) -> None:
         from pl_layer_rotation.report.page import write_page
 
         write_page(path, {str(history.facts.get("optimizer", "run")): history})
-        print(f"Layer rotation: {path}")
 
     def _prepare_wandb(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         from pl_layer_rotation.report.wandb_sink import prepare_run

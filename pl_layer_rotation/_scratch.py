@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import Loan
-from pl_layer_rotation._sharding import local_tensor, original_shape, shard_count
+from pl_layer_rotation._sharding import distributed, local_tensor, original_shape, shard_count
 
 Item = tuple[int, Tensor]  # index of the param group, parameter
 Kind = tuple[torch.device, torch.dtype]
@@ -149,7 +149,7 @@ class Chunk:
             dense = geometry.flat_view(piece) is not None
             # Same layout as the weights where that has no gaps, so that elements pair up in memory.
             view = part.as_strided(piece.size(), piece.stride()) if dense else part.view(piece.size())
-            self.lent.append(_like(parameter, view))
+            self.lent.append(distributed(view, parameter))
             shape = original_shape(parameter)[:leading]
             held = _held_slices(parameter, leading)
             self.rows += [self.starts[-1] + row for row in held]
@@ -325,17 +325,3 @@ def replicated(values: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or values.dim() == 0:
         return values
     return DTensor.from_local(values, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-
-
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """The local tensor in the distributed form of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.size(),
-        stride=parameter.stride(),
-    )

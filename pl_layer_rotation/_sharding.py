@@ -67,6 +67,30 @@ def original_shape(tensor: Tensor) -> torch.Size:
     return tensor.shape if piece is None else piece.shape
 
 
+def original_stride(tensor: Tensor) -> list[int]:
+    """Strides of the whole tensor, also where this process holds a piece of it."""
+    piece = _piece(tensor)
+    return list(tensor.stride() if piece is None else piece.stride)
+
+
+def flat_start(tensor: Tensor) -> int | None:
+    """Number of the first element, in the order of memory, that this process holds of a tensor that FSDP1 cut.
+
+    None for all other tensors.
+    """
+    piece = _piece(tensor)
+    return None if piece is None or piece.pieces == 1 else piece.start
+
+
+def distributed(local: Tensor, like: Tensor) -> Tensor:
+    """This process's piece in the distributed form of another tensor; the piece itself where that is a plain one."""
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
+    )
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, detached; empty where it holds nothing."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
@@ -99,12 +123,8 @@ def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
         flat[cut.start : cut.start + piece.numel()] = piece
         dist.all_reduce(flat, group=_resolve_process_group(cut.group))  # type: ignore[arg-type]
         return flat.as_strided(cut.shape, cut.stride).cpu()
-    if not isinstance(like, DTensor):
-        return piece.cpu().clone()
-    whole = DTensor.from_local(
-        piece, like.device_mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
-    )
-    return whole.full_tensor().cpu()
+    whole = distributed(piece, like)
+    return whole.full_tensor().cpu() if isinstance(whole, DTensor) else piece.cpu().clone()
 
 
 def local_piece(whole: Tensor, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,15 @@ from torch import Tensor
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._scratch import Chunk
 from pl_layer_rotation._sharding import local_tensor, sum_over_processes
+
+
+class Turned(NamedTuple):
+    """What one call turned a chunk's layers with; numbers stay where they are until someone asks."""
+
+    chunk: Chunk
+    groups: Sequence[Mapping[str, Any]]
+    rates: Tensor  # lr of each row
+    factors: Tensor  # what the steps were multiplied by: 0 where a layer was left as it was
 
 
 def on_host(chunk: Chunk) -> bool:
@@ -76,7 +85,7 @@ def turn(
     initial_norms: Tensor,
     groups: Sequence[Mapping[str, Any]],
     tangent_squares: Tensor | None = None,
-) -> None:
+) -> Turned:
     """``w ← a·w - b·s`` for each layer, ``s = -u``.
 
     Args:
@@ -86,13 +95,17 @@ def turn(
         groups: the param group of each tensor.
         tangent_squares: ``(rows,)`` squares of the tangential parts where they are known better than from the sums.
 
+    Returns:
+        What :func:`angles` needs.
+
     """
     host = on_host(chunk)
     sums[:, 0].neg_()
     tangential = chunk.per_row([group["tangential"] for group in groups])
+    rates = _vector(chunk.per_row([group["lr"] for group in groups]), sums)
     a, b = geometry.layca_coefficients(
         sums,
-        _vector(chunk.per_row([group["lr"] for group in groups]), sums),
+        rates,
         initial_norms.to(sums.dtype),
         None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
         tangent_squares,
@@ -101,11 +114,39 @@ def turn(
     if not host:
         for row, layer in zip(chunk.rows, chunk.layers, strict=True):
             layer.turn_on_device(a[row], b[row])
-        return
+        return Turned(chunk, groups, rates, b)
     scales, factors = a.tolist(), b.tolist()
     for row, layer in zip(chunk.rows, chunk.layers, strict=True):
         if scales[row] != 1.0 or factors[row] != 0.0:
             layer.turn(scales[row], factors[row])
+    return Turned(chunk, groups, rates, b)
+
+
+def is_exact(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a rotating tensor as a whole turns by exactly ``atan(lr)``, or not at all."""
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    return wide and bool(group["tangential"]) and not group["leading_dims"]
+
+
+def angles(turned: Sequence[Turned]) -> tuple[list[Tensor], Tensor]:
+    """The tensors that turned by an angle known beforehand, and that angle (radians): atan(lr), or 0 for a still one.
+
+    Rounding of half-precision weights, several layers in one tensor and steps without projection change the angle.
+    """
+    members: list[Tensor] = []
+    found = []
+    for chunk, groups, rates, factors in turned:
+        exact = [
+            place
+            for place, ((_, parameter), group) in enumerate(zip(chunk.items, groups, strict=True))
+            if is_exact(parameter, group)
+        ]
+        members += [chunk.items[place][1] for place in exact]
+        # A factor that is not finite has spoilt the weights.
+        all_angles = torch.where(factors == 0, 0.0, rates.atan() + 0 * factors)
+        rows = [chunk.starts[place] for place in exact]
+        found.append(all_angles if len(rows) == len(all_angles) else all_angles[rows])
+    return members, torch.cat([part.to(found[0]) for part in found]) if found else torch.zeros(0, dtype=torch.float64)
 
 
 def _vector(values: list[Any], like: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pl_layer_rotation._thinning import Thinning
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
@@ -76,6 +78,7 @@ class RotationHistory:
         self.facts: dict[str, Any] = dict(facts or {})
         self.steps: list[int] = []
         self._rows: list[dict[str, list[float]]] = []
+        self._thinning: Thinning | None = None
         duplicates = [name for name, count in Counter(self.layer_names).items() if count > 1]
         if duplicates:
             raise ValueError(f"`layer_names` must be unique, got {duplicates} more than once. Rename these layers.")
@@ -93,7 +96,7 @@ class RotationHistory:
 
     def __eq__(self, other: object) -> bool:
         # Through the encoded form, where an unmeasured value equals itself (NaN does not).
-        return isinstance(other, RotationHistory) and _encode(self.state_dict()) == _encode(other.state_dict())
+        return isinstance(other, RotationHistory) and _encode(self._content()) == _encode(other._content())
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -124,11 +127,53 @@ class RotationHistory:
                 )
         self.steps.append(step)
         self._rows.append(row)
+        if self._thinning is not None:
+            self._keep(self._thinning.append())
+
+    def keep_at_most(self, readings: int) -> None:
+        """Bound the memory: of more readings than this, keep every second, then every fourth, and so on, and the last.
+
+        Args:
+            readings: the bound.
+
+        Raises:
+            ValueError: If the bound is smaller than 2.
+
+        Example::
+
+            >>> history = RotationHistory(["fc"])
+            >>> history.keep_at_most(4)
+            >>> for step in range(10, 100, 10):
+            ...     history.append(step, rotation=[step / 1000])
+            >>> history.steps
+            [10, 50, 90]
+
+        """
+        if readings < 2:
+            raise ValueError(f"`readings` must be at least 2, for the first and the last, got {readings}.")
+        rows, steps = self._rows, self.steps
+        self._thinning, self.steps, self._rows = Thinning(readings), [], []
+        for step, row in zip(steps, rows, strict=True):
+            self.steps.append(step)
+            self._rows.append(row)
+            self._keep(self._thinning.append())
+
+    @property
+    def thinned_to(self) -> int:
+        """Of so many readings one is kept, see :meth:`keep_at_most`."""
+        return 1 if self._thinning is None else self._thinning.every
+
+    def _keep(self, rows: list[int] | None) -> None:
+        if rows is not None:
+            self.steps = [self.steps[row] for row in rows]
+            self._rows = [self._rows[row] for row in rows]
 
     def drop_from(self, step: int) -> None:
         """Forget the readings at this step and later ones: training has gone back there."""
         keep = sum(known < step for known in self.steps)
         del self.steps[keep:], self._rows[keep:]
+        if self._thinning is not None:
+            self._thinning.cut(keep)
 
     def values(self, quantity: str) -> Tensor:
         """All readings of one quantity.
@@ -167,10 +212,15 @@ class RotationHistory:
                 step,
                 **{q: [v[column[n]] if n in column else math.nan for n in new.layer_names] for q, v in row.items()},
             )
+        new._thinning = copy.deepcopy(self._thinning)
         return new
 
     def state_dict(self) -> dict[str, Any]:
         """The history as lists, strings and numbers, safe for ``torch.load(..., weights_only=True)``."""
+        thinning = {} if self._thinning is None else {"thinning": self._thinning.state_dict()}
+        return {**self._content(), **thinning}
+
+    def _content(self) -> dict[str, Any]:
         return {
             "layers": [{"name": n, "shape": list(s)} for n, s in zip(self.layer_names, self.layer_shapes, strict=True)],
             "facts": copy.deepcopy(self.facts),
@@ -184,6 +234,8 @@ class RotationHistory:
         history = cls([layer["name"] for layer in layers], [layer["shape"] for layer in layers], state_dict["facts"])
         for row in state_dict["rows"]:
             history.append(**row)
+        if "thinning" in state_dict:
+            history._thinning = Thinning.from_state_dict(state_dict["thinning"])
         return history
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,9 +256,9 @@ class RotationHistory:
             True
 
         """
-        state = self.state_dict()
-        rows = state.pop("rows")
-        lines = [{"format": _FORMAT, "version": _VERSION, **state}, *rows]
+        content = self._content()
+        rows = content.pop("rows")
+        lines = [{"format": _FORMAT, "version": _VERSION, **content}, *rows]
         write_text(path, "".join(_encode(line) + "\n" for line in lines))
 
     def save_last_row(self, path: str | os.PathLike[str]) -> None:
@@ -215,7 +267,7 @@ class RotationHistory:
         Should the process be killed meanwhile, :meth:`load` leaves out the line that was cut.
 
         Args:
-            path: the file; it must hold all readings but the last, of the same layers.
+            path: the file; it must hold the readings before the last, of the same layers.
 
         """
         line = _encode({"step": self.steps[-1], **self._rows[-1]}) + "\n"

@@ -25,7 +25,14 @@ from pl_layer_rotation._options import (
 )
 from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated, rotates
 from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
-from pl_layer_rotation._turning import rows_of_norms, sums_of_sharded_layers, sums_of_whole_layers, turn
+from pl_layer_rotation._turning import (
+    Turned,
+    angles,
+    rows_of_norms,
+    sums_of_sharded_layers,
+    sums_of_whole_layers,
+    turn,
+)
 
 _NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
 
@@ -177,6 +184,7 @@ class Layca(Optimizer):
                 group["weight_decay"] = 0.0
         self._scratch: Buffers = {}
         self._plan: Plan | None = None
+        self._turned: list[Turned] = []
         self._told_resolution = False
         super().__init__(filled, defaults)
 
@@ -246,6 +254,7 @@ class Layca(Optimizer):
             self._drop_placeholders(plan)
             self._plan = plan
         plan = self._plan
+        self._turned = []
         if plan.bfloat16 and not self._told_resolution:
             self._tell_resolution(plan)
         new_norms = self._new_norms(plan) if len(self.state) != plan.known else {}
@@ -267,12 +276,35 @@ class Layca(Optimizer):
                 edited, initial = self._base.step(loan, options, self.state, new_norms)
                 norms = rows_of_norms(chunk, initial)
                 sums, tangent_squares = sums_of_whole_layers(chunk, norms)
-                turn(chunk, sums, norms, self._groups_of(chunk), tangent_squares)
+                self._turned.append(turn(chunk, sums, norms, self._groups_of(chunk), tangent_squares))
             changed.update(edited)
         plan.known = len(self.state)
         for index, group in changed.items():
             self.param_groups[index].update(group)
         return loss
+
+    def take_angles(self) -> tuple[list[Tensor], Tensor]:
+        """The rotating tensors of the last step and the angles that it turned them by; a second call finds none.
+
+        On an accelerator this does not wait for the step. Tensors whose angle is not exactly that of their rate are
+        left out: half-precision weights (rounding), ``leading_dims``, ``tangential=False``.
+
+        Returns:
+            Tensors, and a vector with the angle of each in radians: ``atan(lr)``, or 0 where the step was zero or
+            radial. None at all after a step that did not happen.
+
+        Example::
+
+            >>> weight = torch.nn.Parameter(torch.eye(2))
+            >>> optimizer = Layca([weight], lr=0.1)
+            >>> weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+            >>> optimizer.step()
+            >>> optimizer.take_angles()[1]
+            tensor([0.0997], dtype=torch.float64)
+
+        """
+        turned, self._turned = self._turned, []
+        return angles(turned)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the initial norms keep their precision, which torch casts to that of the weights.
@@ -319,7 +351,7 @@ class Layca(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch calls this with groups and state alone when it loads a checkpoint.
-        self._scratch, self._plan = {}, None
+        self._scratch, self._plan, self._turned = {}, None, []
         for group in self.param_groups:
             for option in OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
@@ -427,7 +459,7 @@ class Layca(Optimizer):
         self._start(chunk, new, sums[:, 2].sqrt())
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
         norms = [self.state[p][NORM] if p in self.state else None for _, p in chunk.items]
-        turn(chunk, sums, rows_of_norms(chunk, norms, sums), self._groups_of(chunk))
+        self._turned.append(turn(chunk, sums, rows_of_norms(chunk, norms, sums), self._groups_of(chunk)))
         return changed
 
     def _groups_of(self, chunk: Chunk) -> list[ParamGroup]:

@@ -25,6 +25,10 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _NO_NAME = _WRAPPERS | {"parametrizations"}
 
 
+class UnreadableLayersError(MisconfigurationException):
+    """Weights are there, but this process cannot tell whose they are or what part of them it holds."""
+
+
 class _Candidate(NamedTuple):
     name: str
     tensor: Tensor
@@ -89,6 +93,15 @@ def select_layers(
     return {candidate.name: candidate.tensor for candidate in candidates if candidate.name in chosen}
 
 
+def quantized_layers(module: nn.Module) -> list[str]:
+    """Names of parameters with two or more dimensions that hold codes instead of weights."""
+    return [
+        ".".join([*path, name])
+        for path, _, name, parameter in _parameters(module)
+        if not is_lazy(parameter) and parameter.dim() >= 2 and _is_quantized(parameter)
+    ]
+
+
 def _candidates(module: nn.Module) -> list[_Candidate]:
     """Every floating tensor with two or more dimensions, tied ones once."""
     names: dict[int, str] = {}
@@ -98,10 +111,10 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
     for path, owner, parameter_name, parameter in _parameters(module):
         if is_lazy(parameter) or parameter.layout != torch.strided:
             continue
-        _check_flattened(module, parameter, ".".join([*path, parameter_name]))
+        _check_readable(module, parameter, ".".join([*path, parameter_name]))
         if len(original_shape(parameter)) < 2:
             continue
-        if not (parameter.is_floating_point() or parameter.is_complex()):
+        if _is_quantized(parameter):
             continue
         key = id(parameter)
         if key not in names:
@@ -149,19 +162,31 @@ def _parameters(module: nn.Module) -> Iterator[tuple[list[str], nn.Module, str, 
                 yield path, owner, renamed.get(own_name, own_name), own_parameter
 
 
-def _check_flattened(module: nn.Module, parameter: Tensor, name: str) -> None:
+def _check_readable(module: nn.Module, parameter: Tensor, name: str) -> None:
+    if hasattr(parameter, "ds_tensor"):
+        raise UnreadableLayersError(
+            f"`module` must hold its weights, got {type(module).__name__} with {name!r}, of which DeepSpeed's stage 3 "
+            "leaves nothing between steps. Use stage 1 or 2, FSDPStrategy, or ModelParallelStrategy with "
+            "`fully_shard` (FSDP2)."
+        )
     if getattr(parameter, "_is_flat_param", False):
-        raise MisconfigurationException(
+        raise UnreadableLayersError(
             f"`module` must keep its parameters apart, got {type(module).__name__} with {name!r}, all of them in one "
             "tensor. Use FSDPStrategy with `use_orig_params=True`, Lightning's default, or ModelParallelStrategy with "
             "`fully_shard` (FSDP2)."
         )
     if is_unknown_piece(parameter):
-        raise MisconfigurationException(
+        raise UnreadableLayersError(
             f"`module` must hold the FSDP wrapper that knows the shapes of its weights, got {type(module).__name__} "
             f"with {name!r}, a piece of a parameter. Pass the whole LightningModule (`select_layers(self)`); its parts "
             "are known from then on."
         )
+
+
+def _is_quantized(parameter: Tensor) -> bool:
+    """Whether it holds integers, or is of a class that says how to get floats out of what it holds."""
+    own = any("dequantize" in vars(kind) for kind in type(parameter.data).__mro__ if kind not in Tensor.__mro__)
+    return own or not (parameter.is_floating_point() or parameter.is_complex())
 
 
 def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:

@@ -1,10 +1,12 @@
 """The callback that measures, records, logs and reports layer rotation while Lightning trains."""
 
+import copy
 import math
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,35 +15,41 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pl_layer_rotation import _geometry as geometry
+from pl_layer_rotation._cadence import Cadence, planned
 from pl_layer_rotation._lightning import (
     CallbackBase,
     averages_are_in,
     current_rates,
     expected_steps,
+    layca_optimizers_of,
+    log_folder,
+    nearby,
+    requested_angles,
     run_facts,
     stepped_batches,
 )
+from pl_layer_rotation._measuring import Measuring
 from pl_layer_rotation._output import Attempts, Output, Reading
-from pl_layer_rotation._reference import check_reference, reference_weights, some_of
-from pl_layer_rotation._running_sums import RunningSums, straightness
-from pl_layer_rotation._sharding import (
-    local_piece,
-    local_tensor,
-    original_shape,
-    shard_count,
-    sum_over_processes,
-    whole_tensor,
+from pl_layer_rotation._reference import (
+    SIDECAR,
+    References,
+    check_dtype,
+    check_reference,
+    described,
+    reference_weights,
+    resolution,
+    some_of,
 )
+from pl_layer_rotation._running_sums import RunningSums, straightness
+from pl_layer_rotation._sharding import local_tensor, original_shape, shard_count
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.layer_selection import select_layers
+from pl_layer_rotation.layer_selection import UnreadableLayersError, quantized_layers, select_layers
 
 QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
-# Angles are read in every step of the first tenth of a training, where shocks happen, up to so many steps; afterwards
-# so often at least: findings from fewer readings than that were wrong.
-_DENSE_SHARE, _MOST_DENSE, _FEWEST_READINGS = 0.1, 1000, 60
-# Where a copy of the layers takes more bytes than this, angles are read together with the rest only.
+# Bytes of a second copy of the layers that `angular_update="auto"` takes.
 _MOST_COPIED = 1 << 30
+# Readings that the history keeps, and values of one quantity: a long training of many layers must not fill the memory.
+_MOST_READINGS, _MOST_VALUES, _FEWEST_KEPT = 500, 500_000, 100
 
 
 class LayerRotationMonitor(CallbackBase):
@@ -65,13 +73,22 @@ class LayerRotationMonitor(CallbackBase):
       over norm at the start) and ``layer_straightness/…`` where ``log_quantities`` asks for them; the history always
       has them, with the sums over steps that :meth:`RotationHistory.findings` needs.
 
-    Angles are read in every step of the first tenth of a training (at most 1000), then on the cadence and at least 60
-    times in all; each reading takes a second copy of the weights for the length of a step. Where that copy is larger
-    than 1 GB, only steps on the cadence are read.
+    Angles of layers that :class:`~pl_layer_rotation.Layca` turns come from the optimizer, in every step and for nothing
+    (fp32 and float64 weights; ``requested_angle`` in the history is the angle that its rate asks for). Those of other
+    layers are read in every step of the first tenth of a training (at most 1000), then on the cadence and at least 60
+    times in all; each reading takes a second copy of the weights for the length of a step.
 
-    With more than 1000 layers loggers get the aggregates only. A layer that starts at zero has no direction: it is
-    measured from its first non-zero weights, and a warning says so once. Layers that appear during training join with
-    the weights at their first reading. Should a measurement fail, a warning says why and reading stops.
+    With more than 1000 layers loggers get the aggregates only. The history keeps at most 500 readings (fewer of more
+    than 1000 layers): of longer trainings every second, fourth, … of them. A layer that starts at zero has no
+    direction: it is measured from its first non-zero weights, and a warning says so once. Layers that appear during
+    training join with the weights at their first reading. Should a measurement fail, a warning says why and reading
+    stops. Where layers cannot be told (FSDP with ``use_orig_params=False``, DeepSpeed stage 3) or read (quantized
+    weights), a warning at the start names them, and training goes on without the monitor, or without those layers.
+
+    Checkpoints carry the weights to measure from where they take no more than 256 MB. Larger ones are written once,
+    when training starts, into the folder ``layer_rotation_reference`` next to the logs (each process what it holds;
+    torch's distributed checkpoint), and checkpoints hold its path and fingerprint. It must stay there, or move with
+    the checkpoints beside it; where it is gone, a resumed run warns and measures from where it resumes.
 
     Limits: strategies that start processes of their own (``ddp_spawn``, ``ddp_notebook``) leave ``history`` in them,
     the files remain. Of two monitors in one trainer the later one's files and aggregates count. LightningCLI of
@@ -88,11 +105,18 @@ class LayerRotationMonitor(CallbackBase):
             one or of a Lightning checkpoint, for instance pretrained weights that are fine-tuned. Its keys are those of
             the module's own state dict; layers that it lacks are measured from the start of training, and a warning
             names them. A resumed training goes on with the reference of its checkpoint.
-        save_reference: whether checkpoints carry the weights to measure from (one model's weights in each, which every
-            process keeps in host memory where layers are sharded). Without them a resumed run measures from where it
-            resumes, and says so.
+        reference_device: where those weights live: ``"same"`` as the layers, or ``"cpu"``, pinned, from where each
+            reading streams them layer by layer; nothing stays on the accelerator then.
+        reference_dtype: what they are rounded to, such as ``"bfloat16"`` for half of the memory of fp32; None keeps
+            the weights' own. Rounding alone is an angle of about 1.7e-3 rad (bfloat16) or 2.1e-4 rad (float16), so
+            cosine distances below 3e-6 or 5e-8 mean nothing then.
+        save_reference: whether checkpoints carry the weights to measure from (of sharded layers every process keeps
+            them whole in host memory). Without them a resumed run measures from where it resumes, and says so.
+        angular_update: whether to read angles of layers that the optimizer does not know, for which weights must be
+            copied: True, False, or ``"auto"``, where the copy takes no more than 1 GB in any process.
         report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
-            logs when training ends, also by an exception.
+            logs: the file grows with every reading, the page is renewed after epochs and when training ends, also by
+            an exception.
 
     Raises:
         MisconfigurationException: If an argument is out of range; at the start of training, if a pattern matches
@@ -114,9 +138,22 @@ class LayerRotationMonitor(CallbackBase):
         save_reference: bool = True,
         report: bool = True,
         reference: str | os.PathLike[str] | Mapping[str, Any] = "init",
+        reference_device: Literal["same", "cpu"] = "same",
+        reference_dtype: str | torch.dtype | None = None,
+        angular_update: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         check_reference(reference)
+        if reference_device not in ("same", "cpu"):
+            raise MisconfigurationException(
+                f"`reference_device` must be 'same' or 'cpu', got {reference_device!r}. "
+                "'cpu' keeps the weights to measure from off the accelerator."
+            )
+        if angular_update not in (True, False, "auto"):
+            raise MisconfigurationException(
+                f"`angular_update` must be True, False or 'auto', got {angular_update!r}. "
+                "'auto' reads angles where a copy of the layers takes no more than 1 GB."
+            )
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise MisconfigurationException(
                 f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
@@ -132,16 +169,19 @@ class LayerRotationMonitor(CallbackBase):
         self.every_n_steps = every_n_steps
         self.log_quantities = tuple(log_quantities)
         self.reference = reference
+        self.reference_device, self.reference_dtype = reference_device, check_dtype(reference_dtype)
         self.save_reference = save_reference
+        self.angular_update = angular_update
         self.report = report
         self.history = RotationHistory([])
-        self._references: dict[str, Tensor] = {}
+        self._measuring = Measuring(References())
         self._restored: Mapping[str, Any] | None = None
-        self._before: dict[str, Tensor] = {}
-        self._sums = RunningSums()
-        self._dense_until, self._angle_every = 0, 1
+        self._layers: dict[str, Tensor] = {}  # during a step that is read, as they were found before it
+        self._names: dict[int, str] = {}  # of the parameters found last
+        self._requested: dict[str, float] = {}
+        self._exact: set[int] = set()  # parameters whose angles the optimizers know
+        self._cadence, self._copies = Cadence(0), True
         self._rates: tuple[float, ...] = ()
-        self._whole: dict[str, Tensor] = {}  # references of cut layers as checkpoints carry them
         self._training = False
         self._broken = False  # a measurement failed: nothing is read any more in this fit
         self._diverged = False  # the last reading met weights that are not finite
@@ -167,23 +207,26 @@ class LayerRotationMonitor(CallbackBase):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Take the reference, or go on from the checkpoint's or from the last fit."""
         lazy = any(map(is_lazy, pl_module.parameters()))
+        self._training = False
         try:
             layers = select_layers(pl_module, self.include, self.exclude)
+        except UnreadableLayersError as error:
+            self._attempt.warn(f"layers cannot be measured, and training goes on without: {str(error).rstrip('.')}")
+            self._start_anew(RotationHistory([]), RunningSums(), {})
+            return
         except MisconfigurationException:
             if not lazy:
                 raise
             layers = {}  # a pattern may mean a layer that is yet to be initialized
         same = self._module is not None and self._module() is pl_module
-        goes_on = same and self._references and trainer.global_step == self._global_step > 0
+        goes_on = same and self._measuring.references.pieces and trainer.global_step == self._global_step > 0
         self._module, self._broken, self._step = weakref.ref(pl_module), False, stepped_batches(trainer)
         if self._restored is not None:
-            self._resume(self._restored, layers)
+            self._resume(trainer, self._restored, layers)
         elif not goes_on:
             if trainer.global_step > 0:
                 self._attempt.warn("the checkpoint holds no layer rotation: curves start where training resumes")
-            self._references, self._whole, self.history = {}, {}, RotationHistory([])
-            self._sums, self._rates = RunningSums(self._step), ()
-            self._latest, self._ends_with_extra_row = None, False
+            self._start_anew(RotationHistory([]), RunningSums(self._step), layers)
             if self.reference != "init":
                 self._refer(layers)
         self._restored = None
@@ -192,11 +235,14 @@ class LayerRotationMonitor(CallbackBase):
             self._attempt.warn(
                 f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)"
             )
-        self._adopt(layers)
+        self._adopt(layers, first=True)
+        if self._measuring.references.sidecar is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._attempt("writing the weights to measure from", self._write_sidecar, trainer, layers)
         # A barebones trainer logs never: nothing is read either.
-        self._training = expected and self._cadence(trainer) > 0
+        self._cadence = Cadence(int(self.every_n_steps or trainer.log_every_n_steps))  # type: ignore[attr-defined]
+        self._training = expected and self._cadence.every > 0
         self._global_step = trainer.global_step
-        self._attempt("noting the facts", lambda: self.history.facts.update(run_facts(trainer, pl_module)))
+        self._attempt("noting the facts", self._note_facts, trainer, pl_module, layers)
         self._attempt("planning the readings", self._plan_angles, trainer, layers)
         self._output.prepare(trainer, self.history)
 
@@ -207,9 +253,9 @@ class LayerRotationMonitor(CallbackBase):
         if not self._reads(trainer):
             return
         step = stepped_batches(trainer) + 1
-        due = (self._is_due(trainer, step) or self._angle_is_due(step)) and not self._before
-        if due or self._step == 0:
-            self._measure(self._prepare, pl_module, due)
+        due = self._cadence.reads(step, self._step) or self._cadence.reads_angles(step, self._step)
+        if (due and not self._layers) or self._step == 0:
+            self._measure(self._prepare, trainer, pl_module, due)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -220,11 +266,16 @@ class LayerRotationMonitor(CallbackBase):
             return
         self._global_step = trainer.global_step
         step = stepped_batches(trainer) + 1
-        due, self._step = self._is_due(trainer, step), step
-        if due and self._reads(trainer) and self._measure(self._read, pl_module):
-            self._record(trainer)
-        elif self._before and self._reads(trainer):
-            self._measure(self._read_angles, pl_module)
+        due, self._step = self._cadence.reads(step, self._step), step
+        if self._reads(trainer):
+            self._measure(self._take_turned, trainer)
+            if due and self._measure(self._read, pl_module):
+                self._record(trainer)
+            elif self._measuring.waits:
+                self._measure(self._measuring.read_angles, self._layers, step)
+            if step >= self._cadence.dense_until:
+                self._measuring.free()
+        self._layers = {}
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Bring the aggregates up to date for callbacks that look at them after validation."""
@@ -234,6 +285,8 @@ class LayerRotationMonitor(CallbackBase):
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Bring the aggregates up to date; the reading is recorded if training ends here."""
         self._bring_up_to_date(trainer, pl_module)
+        if self._training:
+            self._output.refresh(trainer, self.history)
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record the final reading and report."""
@@ -249,18 +302,19 @@ class LayerRotationMonitor(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves and, unless ``save_reference=False``, the weights to measure from, by layer name."""
-        if not self._references:
+        references = self._measuring.references
+        if not references.pieces:
             return {}
-        history = self.history.state_dict()
+        history = self.history
         if self._ends_with_extra_row:
             # It is there because that fit ended; a resumed one has its rows on the cadence.
-            history["rows"] = history["rows"][:-1]
+            history = copy.deepcopy(history)
+            history.drop_from(history.steps[-1])
         # Lightning stores what the first process returns, and gives it to all: never a piece of a layer.
-        whole = {name: self._whole.get(name, weight).cpu() for name, weight in self._references.items()}
         return {
-            "history": history,
-            "reference": whole if self.save_reference else {},
-            "sums": self._sums.state_dict(),
+            "history": history.state_dict(),
+            "sums": self._measuring.sums.state_dict(),
+            **references.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -270,88 +324,107 @@ class LayerRotationMonitor(CallbackBase):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's methods on callbacks while it trains; with them a copy would hold the module.
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
-            "_module": None
+            **{"_module": None, "_layers": {}, "_names": {}, "_exact": set()}
         }
 
-    def _resume(self, state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
-        reference: Mapping[str, Tensor] = state["reference"]
-        self.history = RotationHistory.from_state_dict(state["history"])
-        self._sums, self._rates = RunningSums.from_state_dict(state["sums"]), ()
-        self._latest, self._ends_with_extra_row = None, False
-        held = {n: w for n, w in layers.items() if n in reference and reference[n].shape == original_shape(w)}
-        self._references = {name: local_piece(reference[name], weight) for name, weight in held.items()}
-        self._whole = {name: reference[name] for name, weight in held.items() if shard_count(weight) > 1}
-        lost = [name for name in layers if name not in self._references]
+    def _start_anew(self, history: RotationHistory, sums: RunningSums, layers: Mapping[str, Tensor]) -> None:
+        self.history = history
+        self._measuring = Measuring(References(self.reference_device, self.reference_dtype, self.save_reference))
+        self._measuring.sums = sums
+        self._measuring.references.plan(layers)
+        self._rates, self._latest, self._ends_with_extra_row = (), None, False
+
+    def _resume(self, trainer: "pl.Trainer", state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
+        history, sums = RotationHistory.from_state_dict(state["history"]), RunningSums.from_state_dict(state["sums"])
+        self._start_anew(history, sums, {})
+        references = self._measuring.references
+        references.load_state_dict(state, layers)
+        if "sidecar" in state:
+            self._attempt("reading the weights to measure from", self._read_sidecar, trainer, state["sidecar"], layers)
+        lost = [name for name in layers if name not in references.pieces]
         if lost:
+            references.plan({name: layers[name] for name in lost})
             self._attempt.warn(
                 f"the checkpoint holds no weights to measure {some_of(lost)} from: they are measured from now on"
+            )
+
+    def _write_sidecar(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> None:
+        # Loggers of other processes may number the run otherwise.
+        folder = Path(trainer.strategy.broadcast(os.path.abspath(log_folder(trainer) / SIDECAR)))
+        self._measuring.references.write_sidecar(folder, layers, trainer.is_global_zero)
+
+    def _read_sidecar(self, trainer: "pl.Trainer", sidecar: Mapping[str, str], layers: Mapping[str, Tensor]) -> None:
+        places = [folder / SIDECAR for folder in nearby(trainer.ckpt_path)]
+        agree = trainer.strategy.reduce_boolean_decision
+        if not self._measuring.references.read_sidecar(sidecar, places, layers, agree):
+            self._attempt.warn(
+                f"the weights to measure from are not in {sidecar['folder']}, or are those of another training. "
+                "Put that folder back, or beside the checkpoint's"
             )
 
     def _refer(self, layers: Mapping[str, Tensor]) -> None:
         """Measure from the weights that were given."""
         given = reference_weights(self.reference, layers)
-        self._references = {name: local_piece(whole, layers[name]) for name, whole in given.items()}
-        self._whole = {name: whole.cpu() for name, whole in given.items() if shard_count(layers[name]) > 1}
+        for name, whole in given.items():
+            self._measuring.references.give(name, whole, layers[name])
         lacking = [name for name in layers if name not in given]
         if lacking:
             self._attempt.warn(
                 f"`reference` has no weights for {some_of(lacking)}: measured from the start of training"
             )
 
-    def _adopt(self, layers: Mapping[str, Tensor]) -> None:
+    def _adopt(self, layers: Mapping[str, Tensor], first: bool = False) -> None:
         """Give layers that are new, or have another shape than before, the weights of now to measure from."""
-        local = {name: local_tensor(weight) for name, weight in layers.items()}
-        new = [n for n, w in local.items() if n not in self._references or self._references[n].shape != w.shape]
+        pieces = self._measuring.references.pieces
+        local = {name: local_tensor(weight).shape for name, weight in layers.items()}
+        new = [name for name, shape in local.items() if name not in pieces or pieces[name].shape != shape]
         for name in new:
-            self._take_reference(name, layers[name])
+            self._take_reference(name, layers[name], first)
+        self._names = {id(layer): name for name, layer in layers.items()}
         shapes = {name: tuple(original_shape(weight)) for name, weight in layers.items()}
         known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
         gone = {name: shape for name, shape in known.items() if name not in shapes}
         everything = {**shapes, **gone}
         if list(everything.items()) != list(known.items()):
             self.history = self.history.reindex(list(everything), list(everything.values()))
+            self.history.keep_at_most(max(_FEWEST_KEPT, min(_MOST_READINGS, _MOST_VALUES // len(everything))))
         if new and self._step:
             self.history.facts.setdefault("reference_steps", {}).update(dict.fromkeys(new, self._step))
         whole = [name for name in new if shard_count(layers[name]) == 1]
-        zeros = [name for name in whole if not torch.any(self._references[name]).item()]
+        zeros = [name for name in whole if not torch.any(pieces[name]).item()]
         if zeros:
             self._attempt.warn(
                 f"{some_of(zeros)} start at zero and have no direction: measured from the first non-zero weights"
             )
 
-    def _take_reference(self, name: str, weight: Tensor) -> None:
-        # Outside of inference mode also during validation: the copy must live in later steps.
-        self._sums.forget(name)
-        with torch.inference_mode(False), torch.no_grad():
-            self._references[name] = local_tensor(weight).clone()
-            if self.save_reference and shard_count(weight) > 1:
-                # Here, where all processes are: a checkpoint may be written by one that failed alone.
-                self._whole[name] = whole_tensor(self._references[name], weight)
+    def _take_reference(self, name: str, layer: Tensor, first: bool = False) -> None:
+        self._measuring.sums.forget(name)
+        self._measuring.references.take(name, layer, first)
 
-    def _cadence(self, trainer: "pl.Trainer") -> int:
-        return int(self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
-
-    def _is_due(self, trainer: "pl.Trainer", step: int) -> bool:
-        return self._passes(step, self._cadence(trainer))
-
-    def _passes(self, step: int, every: int) -> bool:
-        # Not "is a multiple": by hand, gradients may accumulate so that no step ever is one.
-        return step // every > self._step // every
+    def _note_facts(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", layers: Mapping[str, Tensor]) -> None:
+        quantized = quantized_layers(pl_module)
+        if quantized:
+            self._attempt.warn(f"{some_of(quantized)} hold quantized weights, which have no direction: not measured")
+        self.history.facts.update(run_facts(trainer, pl_module))
+        self.history.facts["reference"] = described(self.reference)
+        rounding = resolution(self._measuring.references.pieces, layers)
+        if rounding:
+            self.history.facts["reference_resolution"] = rounding
 
     def _plan_angles(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> None:
         """Decide which steps' angles are read besides those on the cadence."""
-        self._dense_until, self._angle_every = 0, self._cadence(trainer)
-        size = sum(local_tensor(weight).nbytes for weight in layers.values())
         steps = expected_steps(trainer)
         self.history.facts["total_steps"] = steps
-        if size > _MOST_COPIED:
-            self._attempt.warn("a copy of the layers takes over 1 GB: angles are read on the cadence only")
-        elif steps is not None and self._angle_every:
-            self._dense_until = min(_MOST_DENSE, int(_DENSE_SHARE * steps))
-            self._angle_every = max(1, min(self._angle_every, steps // _FEWEST_READINGS))
-
-    def _angle_is_due(self, step: int) -> bool:
-        return step <= self._dense_until or self._passes(step, self._angle_every)
+        _, self._exact = requested_angles(trainer)
+        size = sum(local_tensor(layer).nbytes for layer in layers.values() if id(layer) not in self._exact)
+        small = trainer.strategy.reduce_boolean_decision(size <= _MOST_COPIED)
+        if self.angular_update == "auto" and not small:
+            self._attempt.warn(
+                "a copy of the layers takes over 1 GB: angles are read only of layers that Layca turns. "
+                "Pass `angular_update=True` to take that copy"
+            )
+        self._copies = small if self.angular_update == "auto" else bool(self.angular_update)
+        self._cadence = planned(self._cadence.every, steps, self._copies)
 
     def _watch_rates(self, trainer: "pl.Trainer") -> None:
         rates = current_rates(trainer)
@@ -369,9 +442,8 @@ class LayerRotationMonitor(CallbackBase):
         try:
             action(*args)
         except Exception as error:
-            if self._whole:
-                raise  # layers are cut: the other processes wait for this one's sums
-            self._broken, self._before, self._latest = True, {}, None
+            self._broken, self._layers, self._latest = True, {}, None
+            self._measuring.free()
             self._attempt.warn(f"measuring failed and stops here: {type(error).__name__}: {error}")
         return not self._broken
 
@@ -382,80 +454,59 @@ class LayerRotationMonitor(CallbackBase):
                 assert self._latest is not None
                 self._output.publish(trainer, self._latest[1], self._diverged)
 
-    def _prepare(self, pl_module: "pl.LightningModule", copy: bool) -> None:
+    def _prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", due: bool) -> None:
         """Before a step: lazy layers have had their first batch by now; a step whose angle is read needs a copy."""
         layers = select_layers(pl_module, self.include, self.exclude)
         self._adopt(layers)
-        if copy:
-            self._before = {name: local_tensor(weight).clone() for name, weight in layers.items()}
+        if due:
+            self._layers = layers
+            requested, self._exact = requested_angles(trainer)
+            self._requested = {name: requested[id(layer)] for name, layer in layers.items() if id(layer) in requested}
+            if self._copies:
+                self._measuring.copy({name: layer for name, layer in layers.items() if id(layer) not in self._exact})
 
-    @torch.no_grad()
+    def _take_turned(self, trainer: "pl.Trainer") -> None:
+        """Take the angles that optimizers know, and none of layers that they left alone in this step."""
+        names: list[str] = []
+        angles = []
+        for optimizer in layca_optimizers_of(trainer):
+            parameters, turned = optimizer.take_angles()
+            known = [place for place, parameter in enumerate(parameters) if id(parameter) in self._names]
+            names += [self._names[id(parameters[place])] for place in known]
+            angles.append(turned if len(known) == len(parameters) else turned[known])
+        if angles:
+            moved = set(names)
+            left = [name for key, name in self._names.items() if key in self._exact and name not in moved]
+            parts = [part.to(angles[0]) for part in angles]
+            turned = torch.cat([*parts, angles[0].new_zeros(len(left))])
+            self._measuring.take_turned(names + left, turned, self._step)
+
     def _read(self, pl_module: "pl.LightningModule") -> None:
         """Measure every layer as it is now."""
-        layers = select_layers(pl_module, self.include, self.exclude)
+        layers = self._layers or select_layers(pl_module, self.include, self.exclude)
         self._adopt(layers)
-        names = list(layers)
-        weights = [local_tensor(weight) for weight in layers.values()]
-        counts = [shard_count(weight) for weight in layers.values()]
-        whole = [count == 1 for count in counts]
-        sums, scales = geometry.rotation_sums(weights, [self._references[name] for name in names], whole)
-        blocks = [sums]
-        stepped = [i for i, name in enumerate(names) if name in self._before]
-        if stepped:
-            # Layers without a copy (they appeared with this step) compare with themselves, and are left out below.
-            before = [self._before.get(name, weight) for name, weight in zip(names, weights, strict=True)]
-            blocks.append(geometry.rotation_sums(weights, before, whole)[0])
-        self._before = {}
-        packed = sum_over_processes(torch.cat(blocks, 1), counts, weights[0].device if weights else torch.device("cpu"))
-        reading = {
-            "rotation": self._filled(names, geometry.cosine_distance(packed[:, :4])),
-            "norm_ratio": self._filled(names, geometry.norm_ratio(packed[:, :4], scales)),
-        }
-        if stepped:
-            turned = geometry.angle(geometry.cosine_distance(packed[:, 4:]))
-            known = torch.zeros(len(names), dtype=torch.bool)
-            known[stepped] = True
-            reading["angular_update"] = self._filled(names, turned.where(known, torch.nan))
-            self._sums.add([names[i] for i in stepped], turned[stepped], self._step)
-        self._diverged = not packed[:, 2].isfinite().all()
-        self._start_zero_layers(layers, packed, reading)
-        if self._sums.readings:
-            reading.update(self._sums.values(self.history.layer_names))
-            momentum = self.history.facts.get("momentum")
-            if momentum is not None:
-                reading["straightness"] = straightness(reading["rotation"], reading["path_square"], momentum)
-            self.history.facts.update(angle_readings=self._sums.readings, dense_steps=self._sums.dense)
+        measured = self._measuring.read(layers, self._step)
+        for name in measured.started:
+            self._take_reference(name, layers[name])
+            self.history.facts.setdefault("reference_steps", {})[name] = self._step
+        self._diverged = measured.diverged
+        reading = {quantity: self._filled(layers, values) for quantity, values in measured.values.items()}
+        if self._requested:
+            reading["requested_angle"] = [self._requested.get(name, math.nan) for name in self.history.layer_names]
+        momentum = self.history.facts.get("momentum")
+        if momentum is not None and "path_square" in reading:
+            reading["straightness"] = straightness(reading["rotation"], reading["path_square"], momentum)
+        sums = self._measuring.sums
+        if sums.readings:
+            self.history.facts.update(angle_readings=sums.readings, dense_steps=sums.dense)
         self._latest = (self._step, reading)
 
-    @torch.no_grad()
-    def _read_angles(self, pl_module: "pl.LightningModule") -> None:
-        """Measure only how far the last step turned each layer."""
-        layers = {n: w for n, w in select_layers(pl_module, self.include, self.exclude).items() if n in self._before}
-        weights = [local_tensor(weight) for weight in layers.values()]
-        counts = [shard_count(weight) for weight in layers.values()]
-        before, self._before = [self._before[name] for name in layers], {}
-        if weights:
-            sums, _ = geometry.rotation_sums(weights, before, [count == 1 for count in counts])
-            turned = geometry.angle(geometry.cosine_distance(sum_over_processes(sums, counts, weights[0].device)))
-            self._sums.add(list(layers), turned, self._step)
-
-    def _filled(self, names: Sequence[str], values: Tensor) -> list[float]:
+    def _filled(self, names: Collection[str], values: Tensor) -> list[float]:
         """Values in the order of the history's layers; NaN for layers that are gone and where undefined."""
         measured = dict(zip(names, values.tolist(), strict=True))
         return [
             value if math.isfinite(value := measured.get(n, math.nan)) else math.nan for n in self.history.layer_names
         ]
-
-    def _start_zero_layers(self, layers: Mapping[str, Tensor], sums: Tensor, reading: Reading) -> None:
-        """A layer that started at zero and moved takes its first non-zero weights for its reference."""
-        names = list(layers)
-        for i in ((sums[:, 3] == 0) & (sums[:, 2] > 0)).nonzero().flatten().tolist():
-            self._take_reference(names[i], layers[names[i]])
-            column = self.history.layer_names.index(names[i])
-            reading["rotation"][column], reading["norm_ratio"][column] = 0.0, 1.0
-            if "angular_update" in reading:
-                reading["angular_update"][column] = math.nan
-            self.history.facts.setdefault("reference_steps", {})[names[i]] = self._step
 
     def _record(self, trainer: "pl.Trainer") -> None:
         """Put the last reading into the history and send it to the loggers."""
@@ -470,6 +521,7 @@ class LayerRotationMonitor(CallbackBase):
 
     def _finish(self, trainer: "pl.Trainer") -> None:
         training, self._training = self._training, False
-        self._before = {}
+        self._layers = {}
+        self._measuring.free()
         if training:
             self._output.finish(trainer, self.history)

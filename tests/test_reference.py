@@ -34,7 +34,7 @@ def test_rotation_is_measured_from_the_given_weights(kind: str, tmp_path: Path) 
     trainer(monitor, max_epochs=1).fit(module, batches())
     for layer, weight in (("body.0", module.body[0].weight), ("head", module.head.weight)):
         expected = layer_rotation(weight.detach(), weights[f"{layer}.weight"])
-        assert monitor.history.final()[layer] == pytest.approx(float(expected), rel=1e-9)
+        assert monitor.history.final()[layer] == pytest.approx(float(expected), rel=1e-6)
         ratio = float(weight.detach().double().norm() / weights[f"{layer}.weight"].double().norm())
         assert monitor.history.final("norm_ratio")[layer] == pytest.approx(ratio, rel=1e-6)
 
@@ -51,7 +51,7 @@ def test_layers_that_it_lacks_are_named_and_measured_from_the_start(missing: str
     with pytest.warns(UserWarning, match="`reference` has no weights for 'head': measured from the start of training"):
         trainer(monitor, max_epochs=1).fit(module, batches())
     expected = layer_rotation(module.head.weight.detach(), start)
-    assert monitor.history.final()["head"] == pytest.approx(float(expected), rel=1e-9)
+    assert monitor.history.final()["head"] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_resumed_training_keeps_the_reference_of_its_checkpoint(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ class Measures:
         # Weights that went to zero have no direction, but still a norm.
         read = "rotation" in history.quantities
         lost = (rotation[-1].isnan() & self.norms[-1].isnan() & read).tolist()
-        rotated = (self.rotation >= geometry.STILL).tolist()
+        # A reference that was rounded is that far from weights that never moved.
+        still = max(geometry.STILL, number(self.facts, "reference_resolution") or 0.0)
+        rotated = (self.rotation >= still).tolist()
         self.measured = [i for i in layers if measured[i] and not late[i]]
         self.moving = [i for i in self.measured if rotated[i] and not lost[i]]
         # What vanishes while others go on has left the module.

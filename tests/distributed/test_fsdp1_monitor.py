@@ -1,5 +1,6 @@
 """The monitor under FSDP1 (FSDPStrategy): the curves of one process, through checkpoints too."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_resumed_curves_equal_the_uninterrupted_ones(tmp_path: Path, to_one: boo
         same_curves(resumed, fit(0, None, 2))
 
 
-def fit_one_flat_parameter(rank: int, optimizer: bool) -> str:
+def fit_one_flat_parameter(rank: int, optimizer: bool) -> tuple[str, int]:
     strategy = CPUFSDPStrategy(use_orig_params=False)
     run = trainer(*([] if optimizer else [LayerRotationMonitor(report=False)]), devices=2, strategy=strategy)
 
@@ -73,14 +74,28 @@ def fit_one_flat_parameter(rank: int, optimizer: bool) -> str:
         def configure_optimizers(self) -> Any:
             return layca_optimizers(self) if optimizer else torch.optim.SGD(self.trainer.model.parameters(), lr=0.1)
 
-    try:
-        run.fit(Flat(), batches())
-    except MisconfigurationException as error:
-        return str(error)
-    return "no error"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            run.fit(Flat(), batches())
+        except MisconfigurationException as error:
+            return str(error), run.global_step
+    return " ".join(
+        str(warning.message) for warning in seen if "LayerRotation" in str(warning.message)
+    ), run.global_step
 
 
-@pytest.mark.parametrize("optimizer", [True, False], ids=["optimizer", "monitor"])
-def test_one_parameter_for_all_is_an_error_that_names_the_mend(optimizer: bool) -> None:
-    for message in launch(fit_one_flat_parameter, optimizer):
-        assert "Use FSDPStrategy with `use_orig_params=True`" in message
+MEND = "Use FSDPStrategy with `use_orig_params=True`"
+
+
+def test_the_optimizer_refuses_one_parameter_for_all_and_names_the_mend() -> None:
+    for message, steps in launch(fit_one_flat_parameter, True):
+        assert MEND in message
+        assert steps == 0
+
+
+def test_the_monitor_says_that_one_parameter_for_all_cannot_be_measured_and_training_goes_on() -> None:
+    (message, steps), (other_message, other_steps) = launch(fit_one_flat_parameter, False)
+    assert "layers cannot be measured, and training goes on without: `module` must keep its parameters" in message
+    assert MEND in message
+    assert (other_message, steps, other_steps) == ("", 4, 4)

@@ -1,0 +1,60 @@
+"""Which readings of a long training are kept."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Thinning:
+    """Keeps every reading, later every second, then every fourth, and so on; always the last one too.
+
+    What is kept depends on the readings alone, so a training that resumes keeps what one without interruption would.
+
+    Args:
+        most: readings that are kept at most, at least 2.
+
+    Attributes:
+        every: of so many readings one is kept.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.every = most, 1
+        self._next = 0
+        self._numbers: list[int] = []  # of the readings that are kept
+
+    def append(self) -> list[int] | None:
+        """Count one more reading, the last of the rows now.
+
+        Returns:
+            Indices of the rows to keep; None for all.
+
+        """
+        rows = list(range(len(self._numbers) + 1))
+        if self._numbers and self._numbers[-1] % self.every:
+            del rows[-2]  # it was kept for being the last
+        self._numbers = [*self._numbers, self._next]
+        self._next += 1
+        while len(rows) > self.most:
+            self.every *= 2
+            rows = [row for row in rows if self._numbers[row] % self.every == 0 or row == rows[-1]]
+        if len(rows) == len(self._numbers):
+            return None
+        self._numbers = [self._numbers[row] for row in rows]
+        return rows
+
+    def cut(self, rows: int) -> None:
+        """Forget all but the first rows."""
+        if rows < len(self._numbers):
+            self._next = self._numbers[rows]
+            del self._numbers[rows:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {"most": self.most, "every": self.every, "next": self._next, "numbers": list(self._numbers)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Thinning":
+        """The state that :meth:`state_dict` described."""
+        thinning = cls(state["most"])
+        thinning.every, thinning._next, thinning._numbers = state["every"], state["next"], list(state["numbers"])
+        return thinning
