@@ -79,7 +79,7 @@ def fit(
     *callbacks: pl.Callback, module: pl.LightningModule | None = None, data: Any = None, **options: Any
 ) -> pl.Trainer:
     run = trainer(*callbacks, **options)
-    run.fit(module or Net(), data or batches())
+    run.fit(module or Net(), batches() if data is None else data)
     return run
 
 
