@@ -64,7 +64,8 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
 
 def _followed_by_norm(module: nn.Module) -> list[str]:
     """Layers right before a BatchNorm in the order of registration, which most networks run in."""
-    leaves = [part for part in module.modules() if not any(part.children())]
+    # Not `any`, which asks a compiled module for its length: it has none.
+    leaves = [part for part in module.modules() if next(part.children(), None) is None]
     names = {id(weight): name for name, weight in select_layers(module).items()}
     return [
         names[id(weight)]

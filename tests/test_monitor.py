@@ -68,6 +68,7 @@ def fit(
     return run
 
 
+@pytest.mark.contract("C1")
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "Layca"])
 def test_history_equals_a_computation_from_the_saved_weights(optimizer: str) -> None:
     make = {
@@ -165,6 +166,7 @@ def test_the_facts_name_layers_before_a_batch_norm_and_the_length() -> None:
     assert monitor.history.facts["total_steps"] == 16
 
 
+@pytest.mark.contract("C1")
 def test_layca_angles_and_norms_are_as_requested() -> None:
     monitor = LayerRotationMonitor(report=False)
     fit(monitor, module=Net(lambda m: layca_optimizers(m, lr=0.05)))
@@ -176,6 +178,7 @@ def test_layca_angles_and_norms_are_as_requested() -> None:
     )
 
 
+@pytest.mark.contract("C2")
 @pytest.mark.parametrize(
     ("every", "log_every", "expected"),
     [(1, 50, list(range(1, 17))), (3, 1, [3, 6, 9, 12, 15, 16]), (None, 5, [5, 10, 15, 16]), (None, 50, [16])],
@@ -190,6 +193,7 @@ def test_readings_follow_the_cadence_and_end_with_the_last_step(
     assert monitor.history.steps == expected
 
 
+@pytest.mark.contract("C3")
 def test_accumulated_batches_count_as_one_step() -> None:
     monitor, saved = LayerRotationMonitor(report=False), SavedWeights()
     fit(monitor, saved, data=batches(5), accumulate_grad_batches=2)
@@ -215,6 +219,7 @@ class TwoOptimizers(Net):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
 
 
+@pytest.mark.contract("C4")
 def test_manual_optimization_with_two_optimizers_counts_batches() -> None:
     monitor, saved = LayerRotationMonitor(every_n_steps=3, report=False), SavedWeights()
     fit(monitor, saved, module=TwoOptimizers())
@@ -233,6 +238,7 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(stream) if row.get("layer_rotation_stats/mean")]
 
 
+@pytest.mark.contract("C6")
 def test_every_logger_gets_each_reading_at_lightnings_step(tmp_path: Path) -> None:
     monitor = LayerRotationMonitor(every_n_steps=2, log_quantities=["rotation", "norm_ratio"], report=False)
     fit(monitor, logger=[CSVLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")])
@@ -245,6 +251,7 @@ def test_every_logger_gets_each_reading_at_lightnings_step(tmp_path: Path) -> No
         np.testing.assert_allclose(mean, monitor.history.values("norm_ratio").mean(1).numpy(), rtol=1e-12)
 
 
+@pytest.mark.contract("C5")
 def test_early_stopping_acts_on_an_aggregate_from_the_first_validation_on() -> None:
     stop = EarlyStopping(
         "layer_rotation_stats/mean", mode="max", stopping_threshold=1e-3, check_on_train_epoch_end=False
@@ -258,12 +265,14 @@ def test_early_stopping_acts_on_an_aggregate_from_the_first_validation_on() -> N
     assert mean >= 1e-3
 
 
+@pytest.mark.contract("C5")
 def test_model_checkpoint_keeps_the_epoch_with_the_largest_aggregate(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="layer_rotation_stats/max", mode="max", filename="{epoch}")
     fit(LayerRotationMonitor(report=False), keep, max_epochs=3, enable_checkpointing=True)
     assert keep.best_model_path.endswith("epoch=2.ckpt")
 
 
+@pytest.mark.contract("C15")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("interrupted_after", [8, 11], ids=["end of an epoch", "middle of an epoch"])
@@ -284,6 +293,7 @@ def test_resumed_history_equals_the_uninterrupted_one(
     assert resumed.history == whole.history
 
 
+@pytest.mark.contract("C15")
 def test_a_resumed_run_may_read_at_another_cadence(tmp_path: Path) -> None:
     fit(LayerRotationMonitor(every_n_steps=4, report=False)).save_checkpoint(tmp_path / "a.ckpt")
     monitor = LayerRotationMonitor(every_n_steps=2, report=False)
@@ -291,6 +301,7 @@ def test_a_resumed_run_may_read_at_another_cadence(tmp_path: Path) -> None:
     assert monitor.history.steps == [4, 8, 10, 12, 14, 16]
 
 
+@pytest.mark.contract("C15")
 def test_without_a_saved_reference_a_resumed_run_measures_from_where_it_resumes(tmp_path: Path) -> None:
     run = fit(LayerRotationMonitor(save_reference=False, report=False))
     run.save_checkpoint(tmp_path / "half.ckpt")
@@ -302,6 +313,7 @@ def test_without_a_saved_reference_a_resumed_run_measures_from_where_it_resumes(
     assert (monitor.history.values("rotation")[8] < monitor.history.values("rotation")[7]).all()
 
 
+@pytest.mark.contract("C15")
 def test_a_checkpoint_without_our_state_warns_and_measures_from_now(tmp_path: Path) -> None:
     fit().save_checkpoint(tmp_path / "plain.ckpt")
     monitor = LayerRotationMonitor(report=False)
@@ -310,6 +322,7 @@ def test_a_checkpoint_without_our_state_warns_and_measures_from_now(tmp_path: Pa
     assert monitor.history.steps == list(range(9, 17))
 
 
+@pytest.mark.contract("C14")
 def test_a_second_fit_goes_on_and_a_new_model_starts_anew() -> None:
     monitor, module = LayerRotationMonitor(report=False), Net()
     run = fit(monitor, module=module)
@@ -320,6 +333,7 @@ def test_a_second_fit_goes_on_and_a_new_model_starts_anew() -> None:
     assert monitor.history.steps == list(range(1, 9))
 
 
+@pytest.mark.contract("C8")
 def test_validating_a_checkpoint_first_does_not_make_a_fresh_fit_resume(tmp_path: Path) -> None:
     fit(LayerRotationMonitor(report=False)).save_checkpoint(tmp_path / "a.ckpt")
     monitor = LayerRotationMonitor(report=False)
@@ -373,6 +387,7 @@ class GrowsLate(Net):
         return self.late(outputs) if hasattr(self, "late") else outputs
 
 
+@pytest.mark.contract("C22")
 def test_a_layer_that_appears_later_joins_with_its_own_start() -> None:
     monitor = LayerRotationMonitor(report=False)
     fit(monitor, module=GrowsLate(), max_epochs=2)
@@ -382,6 +397,7 @@ def test_a_layer_that_appears_later_joins_with_its_own_start() -> None:
     assert 0 < late[8] < late[9] < late[15]
 
 
+@pytest.mark.contract("C14")
 def test_fitting_again_after_an_interrupt_goes_on() -> None:
     class InterruptsOnce(pl.Callback):
         done = False
@@ -400,6 +416,7 @@ def test_fitting_again_after_an_interrupt_goes_on() -> None:
     assert monitor.history.steps == sorted(set(monitor.history.steps))
 
 
+@pytest.mark.contract("C13")
 def test_a_failed_measurement_is_a_warning_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = LayerRotationMonitor(report=False)
     calls = iter(range(100))
@@ -417,6 +434,7 @@ def test_a_failed_measurement_is_a_warning_and_training_goes_on(monkeypatch: pyt
     assert monitor.history.steps == [1, 2, 3]
 
 
+@pytest.mark.contract("C14")
 def test_another_model_in_the_same_trainer_is_measured_from_its_own_weights() -> None:
     monitor = LayerRotationMonitor(report=False)
     run = fit(monitor)
@@ -428,6 +446,7 @@ def test_another_model_in_the_same_trainer_is_measured_from_its_own_weights() ->
     assert set(monitor.history.final().values()) == {0.0}
 
 
+@pytest.mark.contract("C5")
 def test_weights_that_are_not_finite_show_in_the_aggregates() -> None:
     run = fit(LayerRotationMonitor(report=False), module=Net(lambda m: torch.optim.SGD(m.parameters(), lr=1e30)))
     assert run.callback_metrics["layer_rotation_stats/mean"].isnan()
@@ -456,6 +475,7 @@ class EveryOther(TwoOptimizers):
                 optimizer.zero_grad()
 
 
+@pytest.mark.contract("C4")
 def test_accumulating_by_hand_still_meets_the_cadence() -> None:
     monitor = LayerRotationMonitor(every_n_steps=3, report=False)
     fit(monitor, module=EveryOther(), data=batches(12))
@@ -470,6 +490,7 @@ class FailingLogger(CSVLogger):
         super().log_metrics(metrics, step)
 
 
+@pytest.mark.contract("C13")
 def test_a_logger_that_fails_is_a_warning_and_other_loggers_are_served(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="logging to FailingLogger failed and is left out: OSError") as caught:
         run = fit(LayerRotationMonitor(report=False), logger=[FailingLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")])
@@ -478,6 +499,7 @@ def test_a_logger_that_fails_is_a_warning_and_other_loggers_are_served(tmp_path:
     assert len(read_csv(tmp_path / "b")) == 8
 
 
+@pytest.mark.contract("C13")
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with pytest.warns(
@@ -505,6 +527,7 @@ def test_an_optimizer_without_a_learning_rate_is_a_warning() -> None:
     assert run.state.finished
 
 
+@pytest.mark.contract("C11")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("boom")], ids=["Ctrl-C", "exception"])
 def test_an_interrupted_training_still_reports(tmp_path: Path, error: Any) -> None:
     class Interrupts(pl.Callback):
@@ -553,6 +576,7 @@ def test_the_file_holds_all_readings_while_training_goes_on(tmp_path: Path) -> N
     assert RotationHistory.load(next(tmp_path.rglob("layer_rotation.jsonl"))) == monitor.history
 
 
+@pytest.mark.contract("C9", "C10")
 @pytest.mark.parametrize(
     "option", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}, {"max_steps": 0}]
 )
@@ -566,6 +590,7 @@ def test_trainings_that_write_nothing(tmp_path: Path, option: dict[str, Any], mo
     assert list(tmp_path.rglob("layer_rotation*")) == []
 
 
+@pytest.mark.contract("C7")
 def test_other_loops_are_left_alone(tmp_path: Path) -> None:
     monitor = LayerRotationMonitor(report=False)
     run = trainer(monitor, logger=CSVLogger(tmp_path))
@@ -578,6 +603,7 @@ def test_other_loops_are_left_alone(tmp_path: Path) -> None:
     assert monitor.history.steps == steps
 
 
+@pytest.mark.contract("C26")
 def test_measuring_leaves_training_as_it_is() -> None:
     def weights(*callbacks: pl.Callback) -> list[torch.Tensor]:
         module = Net(lambda m: layca_optimizers(m, lr=0.05, momentum=0.9))
@@ -589,6 +615,7 @@ def test_measuring_leaves_training_as_it_is() -> None:
     assert all(torch.equal(a, b) for a, b in zip(monitored, alone, strict=True))
 
 
+@pytest.mark.contract("C29")
 def test_a_module_without_layers_trains_on_with_one_warning() -> None:
     class NoLayers(Net):
         def __init__(self) -> None:
@@ -603,6 +630,7 @@ def test_a_module_without_layers_trains_on_with_one_warning() -> None:
     assert run.state.finished
 
 
+@pytest.mark.contract("C17")
 def test_state_is_empty_before_training_and_plain_afterwards(tmp_path: Path) -> None:
     monitor = LayerRotationMonitor(report=False)
     assert monitor.state_dict() == {}
@@ -612,6 +640,7 @@ def test_state_is_empty_before_training_and_plain_afterwards(tmp_path: Path) -> 
     assert loaded["reference"].keys() == {"body.0", "head"}
 
 
+@pytest.mark.contract("C19")
 def test_pickle_and_deepcopy_after_a_training() -> None:
     monitor = LayerRotationMonitor(exclude="head", report=False)
     monitor.setup(trainer(), Net(), "fit")
@@ -631,6 +660,7 @@ class Copies(pl.Callback):
             self.twins = [pickle.loads(pickle.dumps(self.monitor)), copy.deepcopy(self.monitor)]
 
 
+@pytest.mark.contract("C19")
 def test_pickle_and_deepcopy_during_a_training_hold_no_module() -> None:
     monitor = LayerRotationMonitor(report=False)
     copies = Copies(monitor)
@@ -641,6 +671,7 @@ def test_pickle_and_deepcopy_during_a_training_hold_no_module() -> None:
         assert "log" not in vars(twin)
 
 
+@pytest.mark.contract("C23")
 def test_lazy_layers_are_measured_from_their_first_weights() -> None:
     class Lazy(Net):
         def __init__(self) -> None:
@@ -655,6 +686,7 @@ def test_lazy_layers_are_measured_from_their_first_weights() -> None:
     assert (monitor.history.values("rotation")[0] > 1e-5).all()
 
 
+@pytest.mark.contract("C25")
 def test_weights_that_averaging_puts_in_are_never_measured() -> None:
     finals = []
     for callbacks in ([], [EMAWeightAveraging(decay=0.5)]):
@@ -666,6 +698,7 @@ def test_weights_that_averaging_puts_in_are_never_measured() -> None:
     assert all(final == finals[0] for final in finals)
 
 
+@pytest.mark.contract("C16")
 def test_monitors_with_other_options_live_side_by_side(tmp_path: Path) -> None:
     both = [LayerRotationMonitor(report=False), LayerRotationMonitor(include="head", report=False)]
     run = fit(*both)
@@ -675,6 +708,7 @@ def test_monitors_with_other_options_live_side_by_side(tmp_path: Path) -> None:
     assert [len(monitor.history.layer_names) for monitor in both] == [2, 1]
 
 
+@pytest.mark.contract("C16")
 def test_a_second_monitor_of_the_same_options_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `LayerRotationMonitor`"):
         trainer(LayerRotationMonitor(), LayerRotationMonitor())
@@ -699,6 +733,7 @@ def test_a_pattern_that_matches_nothing_stops_before_the_first_step() -> None:
         fit(LayerRotationMonitor(include="heads"))
 
 
+@pytest.mark.contract("C28")
 def test_hostile_layer_names_keep_their_curves(tmp_path: Path) -> None:
     class Hostile(Net):
         def __init__(self) -> None:

@@ -49,6 +49,30 @@ def launch(function: Callable[..., Any], *args: Any, world: int = 2, timeout: fl
     return [answers[rank] for rank in range(world)]
 
 
+def exit_codes(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 60.0) -> list[int]:
+    """Like :func:`launch`, where some may be killed: the exit code of each. What they have to say they must write."""
+    context = mp.get_context("fork")
+    results, port = context.SimpleQueue(), _free_port()
+    workers = [
+        context.Process(target=_work, args=(rank, world, port, function, args, results), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    end = time.monotonic() + timeout
+    try:
+        for worker in workers:
+            worker.join(max(0.0, end - time.monotonic()))
+        alive = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+        assert not alive, f"processes {alive} of {world} did not end within {timeout} s"
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+    return [int(worker.exitcode or 0) for worker in workers]
+
+
 def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: Any, results: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

@@ -37,6 +37,7 @@ def monitored_fit(rank: int, optimizer: str, world: int, folder: Any = None, **f
     return {"steps": monitor.history.steps, **values, "mean": run.callback_metrics["layer_rotation_stats/mean"].item()}
 
 
+@pytest.mark.contract("C1")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_processes_equal_one(optimizer: str) -> None:
     alone = monitored_fit(0, optimizer, 1)
@@ -47,6 +48,7 @@ def test_two_processes_equal_one(optimizer: str) -> None:
         np.testing.assert_allclose(both[0][quantity], alone[quantity], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.contract("C6")
 def test_only_the_first_process_logs_and_reports(tmp_path: Any) -> None:
     launch(monitored_fit, "sgd", 2, tmp_path)
     assert len(list(tmp_path.rglob("layer_rotation.html"))) == 1
@@ -66,6 +68,7 @@ def save_then_resume(rank: int, path: str, world: int, resume: bool) -> dict[str
     return {"steps": monitor.history.steps, "rotation": monitor.history.values("rotation").tolist()}
 
 
+@pytest.mark.contract("C15")
 @pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 1), (1, 2)], ids=["ddp", "ddp to single", "single to ddp"])
 def test_resuming_with_another_number_of_processes_continues_the_curves(tmp_path: Any, first: int, second: int) -> None:
     path = str(tmp_path / "half.ckpt")

@@ -263,11 +263,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("strategies"))
 
 
+@pytest.mark.contract("C1")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_curves_equal_a_float64_computation_from_the_weights_of_one_process(runs: Runs, strategy: str) -> None:
     assert runs.values(strategy) <= SAME
 
 
+@pytest.mark.contract("C20")
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "one process"])
 def test_processes_see_the_same(runs: Runs, strategy: str) -> None:
     assert runs.processes(strategy) == 0
@@ -279,6 +281,7 @@ RESUMES = [(name, sharded) for name in STRATEGIES for sharded in FORMS[name]]
 RESUMES.remove(("FSDP1 HYBRID_SHARD", True))
 
 
+@pytest.mark.contract("C15")
 @pytest.mark.parametrize(("strategy", "sharded"), RESUMES, ids=lambda value: str(value))
 def test_a_resumed_history_is_bitwise_the_uninterrupted_one(runs: Runs, strategy: str, sharded: bool) -> None:
     assert runs.resume(strategy, sharded) == 0
@@ -286,6 +289,7 @@ def test_a_resumed_history_is_bitwise_the_uninterrupted_one(runs: Runs, strategy
         assert resumed[sharded] == straight
 
 
+@pytest.mark.contract("C15")
 @pytest.mark.parametrize("route", ROUTES, ids=describe)
 def test_curves_go_on_under_another_strategy(runs: Runs, route: Route) -> None:
     assert runs.resharded(route) <= SAME
