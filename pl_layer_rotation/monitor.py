@@ -254,7 +254,9 @@ class LayerRotationMonitor(CallbackBase):
             return
         step = stepped_batches(trainer) + 1
         due = self._cadence.reads(step, self._step) or self._cadence.reads_angles(step, self._step)
-        if (due and not self._layers) or self._step == 0:
+        # The first of several optimizers that step in this batch.
+        due = due and not self._layers
+        if due or self._step == 0:
             self._measure(self._prepare, trainer, pl_module, due)
 
     def on_train_batch_end(
