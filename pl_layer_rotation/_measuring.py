@@ -19,13 +19,13 @@ class Measured(NamedTuple):
 
     Attributes:
         values: by quantity a float64 value for each layer that was read, on the CPU; NaN where it is not known.
-        diverged: whether any weights are not finite.
+        not_finite: layers with weights that are not finite.
         started: layers that started at zero and have moved: their reference is to be taken now.
 
     """
 
     values: dict[str, Tensor]
-    diverged: bool
+    not_finite: list[str]
     started: list[str]
 
 
@@ -138,7 +138,8 @@ class Measuring:
             values["rotation"][place], values["norm_ratio"][place] = 0.0, 1.0
             for quantity in values.keys() - {"rotation", "norm_ratio"}:
                 values[quantity][place] = torch.nan
-        return Measured(values, not bool(rotation[:, 2].isfinite().all()), [names[place] for place in started])
+        lost = rotation[:, 2].isfinite().logical_not().nonzero().flatten().tolist()
+        return Measured(values, [names[place] for place in lost], [names[place] for place in started])
 
     def _rotation_sums(self, layers: Layers, scales: Tensor) -> Tensor:
         """Sums of each layer and its reference; on the CPU with the scales that they were taken with."""

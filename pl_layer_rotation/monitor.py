@@ -491,7 +491,9 @@ class LayerRotationMonitor(CallbackBase):
         for name in measured.started:
             self._take_reference(name, layers[name])
             self.history.facts.setdefault("reference_steps", {})[name] = self._step
-        self._diverged = measured.diverged
+        self._diverged = bool(measured.not_finite)
+        if measured.not_finite or "not_finite" in self.history.facts:
+            self.history.facts["not_finite"] = measured.not_finite
         reading = {quantity: self._filled(layers, values) for quantity, values in measured.values.items()}
         if self._requested:
             reading["requested_angle"] = [self._requested.get(name, math.nan) for name in self.history.layer_names]

@@ -61,8 +61,11 @@ class Measures:
         rotated = (self.rotation >= still).tolist()
         self.measured = [i for i in layers if measured[i] and not late[i]]
         self.moving = [i for i in self.measured if rotated[i] and not lost[i]]
-        # What vanishes while others go on has left the module.
-        self.lost = [] if self.moving else [i for i in layers if lost[i] and (measured[i] or not any(measured))]
+        # What vanishes while others go on has left the module, unless the monitor noted that it is not finite.
+        noted = self.facts.get("not_finite")
+        names = noted if isinstance(noted, list) else []
+        gone = [i for i in layers if lost[i] and (measured[i] or not any(measured))]
+        self.lost = [i for i in gone if not self.moving or self.names[i] in names]
         self.never = [i for i in layers if not measured[i] and any(measured)]
         self.still = [*(i for i in self.measured if not rotated[i] and not lost[i]), *self.never]
 

@@ -57,7 +57,11 @@ def print_table(history: RotationHistory) -> None:
         # As Text, so that rich does not take a layer called "[red]" for markup.
         table.add_row(*map(Text, row))
     console = Console()
-    console.print(table)
+    try:
+        console.print(table)
+    except UnicodeEncodeError:
+        _print_plain(title, rows, findings)
+        return
     for line in findings:
         console.print(Text(line))
 

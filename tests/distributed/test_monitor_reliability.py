@@ -450,9 +450,6 @@ def test_a_layer_that_turns_nan_has_no_values_from_then_on_and_others_go_on(pois
 
 
 @pytest.mark.contract("C13")
-@pytest.mark.xfail(
-    strict=True, reason="a history cannot tell one layer that is not finite from one that left the module"
-)
 def test_a_layer_that_turns_nan_is_named_with_its_step(poisoned: Poisoned) -> None:
     monitor, _, _, _, folder = poisoned
     (finding,) = [finding for finding in monitor.history.findings() if finding.code == "non-finite"]
