@@ -194,7 +194,7 @@ class Timed(LayerRotationMonitor):
     def on_train_start(self, *arguments: Any) -> None:  # noqa: D102
         super().on_train_start(*arguments)
         if self.kind == NOTHING:
-            self._dense_until = 0
+            self._cadence = self._cadence._replace(dense_until=0)
 
     def on_before_optimizer_step(self, *arguments: Any) -> None:  # noqa: D102
         self.times.take(self.kind, super().on_before_optimizer_step, *arguments)
@@ -256,7 +256,7 @@ class Rivals(pl.Callback):
 
 
 class Recorded(LayerRotationMonitor):
-    """The monitor with the allocator's record of its start and of its hooks in the second step."""
+    """The monitor with the allocator's record of its start and of its hooks in the first step."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(every_n_steps=1 if kind == EVERYTHING else STEPS, report=False)
@@ -307,9 +307,9 @@ def measure_time(workload: str, rounds: int, run: Any) -> list[dict[str, float]]
     gc.enable()
     everything, angles, nothing = monitors
     # Each did what it stands for (the last row of the others is that of the end of training).
-    assert len(everything.history) == everything._sums.readings == angles._sums.readings == WARM_UP + rounds
+    assert len(everything.history) == everything._measuring.sums.readings == angles._measuring.sums.readings == WARM_UP + rounds
     assert len(angles.history) == len(nothing.history) == 1
-    assert nothing._sums.readings == 0
+    assert nothing._measuring.sums.readings == 0
     return times.rows[WARM_UP:]
 
 
@@ -319,7 +319,7 @@ def measure_memory(workload: str) -> dict[str, Any]:
     for kind in (EVERYTHING, ANGLES):
         monitor = Recorded(kind)
         # Ten times as many steps are announced, so that both are dense.
-        fit(workload, [monitor, _Stop(2)], steps=20)
+        fit(workload, [monitor, _Stop(1)], steps=10)
         start, copied, read = (monitor.bytes[name] for name in ("start", "copy", "read"))
         result[kind] = {
             "reference": round(start["lasting"] / monitor.unit, 4),
