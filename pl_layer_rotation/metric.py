@@ -275,9 +275,10 @@ def _by_layer(reference: Mapping[str, Tensor], layers: Mapping[str, Tensor], mod
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    # The last one is for state dicts of a module inside of wrappers: Fabric's own leaves its wrapper's name out.
     found = {
-        layer: next((reference[n] for n in (layer, *names.get(id(weight), ())) if n in reference), None)
-        for layer, weight in layers.items()
+        layer: next((reference[n] for n in (layer, *names.get(id(w), ()), f"{layer}.weight") if n in reference), None)
+        for layer, w in layers.items()
     }
     missing = {name: layers[name] for name, weights in found.items() if weights is None}
     if missing:
