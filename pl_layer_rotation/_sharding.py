@@ -1,5 +1,6 @@
 """Which part of a layer this process holds, and the one place that talks to the others."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # On a parameter that FSDP1 manages. Optimizers see parameters only, so what the wrapper knows travels with them, as
 # FSDP1's own mark `_fsdp_flattened` does.
@@ -128,7 +130,7 @@ def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
 
 
 def local_piece(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a whole tensor, cut as ``like`` is. All processes of its mesh must call it."""
+    """This process's piece of a whole tensor, cut as ``like`` is; the whole must be the same on all of them."""
     cut = _piece(like)
     if cut is not None and cut.pieces > 1:
         flat = torch.empty_strided(cut.shape, cut.stride, dtype=whole.dtype).copy_(whole)
@@ -136,7 +138,10 @@ def local_piece(whole: Tensor, like: Tensor) -> Tensor:
         return run.to(like.device, copy=True)
     if not isinstance(like, DTensor):
         return whole.to(like.device, copy=True)
-    return local_tensor(distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)).clone()
+    # `distribute_tensor` refuses the uneven rows of 2-D parallelism, and sends what every process has already.
+    sizes, starts = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    block = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return whole[block].to(like.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def world_size(group: object = None) -> int:
@@ -152,6 +157,32 @@ def share_of_sums(counts: Sequence[int], group: object = None) -> Tensor:
     Of ``n`` processes ``n / pieces`` hold the same piece, so each counts ``pieces / n``. float64, ``(layers,)``.
     """
     return torch.tensor(counts, dtype=torch.float64) / world_size(group)
+
+
+def first_incomplete(tensors: Sequence[Tensor], group: object = None) -> int | None:
+    """Place of the first tensor whose pieces the group does not hold equally often, as :func:`share_of_sums` takes.
+
+    Of a tensor only the processes that share it with this one are looked at: others look at theirs.
+    """
+    even: dict[object, bool] = {}
+    for number, tensor in enumerate(tensors):
+        if shard_count(tensor) == 1:
+            continue
+        cut = _piece(tensor)
+        way = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else cut
+        if way not in even:
+            members = dist.get_process_group_ranks(group)  # type: ignore[arg-type]
+            even[way] = _mesh_is_even(tensor, members) if isinstance(tensor, DTensor) else _group_is_in(cut, members)
+        if not even[way]:
+            return number
+    return None
+
+
+def cut_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether processes hold the same pieces of two distributed tensors; plain tensors are whole."""
+    if isinstance(first, DTensor) and isinstance(second, DTensor):
+        return bool(first.device_mesh == second.device_mesh and first.placements == second.placements)
+    return all(not isinstance(tensor, DTensor) or shard_count(tensor) == 1 for tensor in (first, second))
 
 
 def sum_over_processes(sums: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:
@@ -189,6 +220,19 @@ def are_zero(tensors: Sequence[Tensor]) -> list[bool]:
 def _piece(tensor: Tensor) -> _Piece | None:
     # Two dimensions are a whole tensor: NO_SHARD leaves them, `summon_full_params` puts them back.
     return getattr(tensor, _PIECE, None) if tensor.dim() < 2 else None
+
+
+def _mesh_is_even(tensor: DTensor, members: Sequence[int]) -> bool:
+    mesh = tensor.device_mesh.mesh
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    places = torch.isin(mesh, torch.tensor(members)).nonzero()[:, cut]
+    held = Counter(map(tuple, places.tolist()))
+    return len(held) == shard_count(tensor) and len(set(held.values())) == 1
+
+
+def _group_is_in(cut: _Piece | None, members: Sequence[int]) -> bool:
+    shared = dist.get_process_group_ranks(_resolve_process_group(cut.group)) if cut else []  # type: ignore[arg-type]
+    return set(members).issuperset(shared)
 
 
 def _pieces(handle: FlatParamHandle) -> Iterator[_Piece]:

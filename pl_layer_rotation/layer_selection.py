@@ -1,6 +1,7 @@
 """Which tensors of a module are layers: the one rule that the monitor, the metric and the optimizer share."""
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -118,8 +119,7 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
             continue
         key = id(parameter)
         if key not in names:
-            name = _clean_name(path, parameter_name)
-            names[key] = name if name not in taken else ".".join([*path, parameter_name])
+            names[key] = next(name for name in _possible_names(path, parameter_name) if name not in taken)
             taken.add(names[key])
             tensors[key] = parameter
         owners.setdefault(key, []).append(owner)
@@ -204,8 +204,12 @@ def _originals(owner: nn.Module) -> tuple[dict[str, str], set[str]]:
     return renamed, gains
 
 
-def _clean_name(path: list[str], parameter_name: str) -> str:
-    return ".".join(path) if parameter_name == "weight" and path else ".".join([*path, parameter_name])
+def _possible_names(path: list[str], parameter_name: str) -> Iterator[str]:
+    """The clean name, and others where two tensors would share it: wrappers beside each other leave equal paths."""
+    full = ".".join([*path, parameter_name])
+    yield ".".join(path) if parameter_name == "weight" and path else full
+    yield full
+    yield from (f"{full}.{number}" for number in itertools.count(2))
 
 
 def _is_norm(module: nn.Module) -> bool:

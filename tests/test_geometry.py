@@ -66,6 +66,7 @@ def vectors(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -
 @every_angle
 @every_ratio
 @pytest.mark.parametrize("size", [10, 1000])
+@pytest.mark.contract("M3")
 def test_distance_of_a_small_layer_is_exact(size: int, ratio: float, angle: float, dtype: torch.dtype) -> None:
     weights, reference = turned(size, angle, ratio, dtype)
     expected = exact_distance(weights, reference)
@@ -75,6 +76,7 @@ def test_distance_of_a_small_layer_is_exact(size: int, ratio: float, angle: floa
 @every_dtype
 @every_angle
 @every_ratio
+@pytest.mark.contract("M3")
 def test_distance_of_100_thousand_weights_is_exact(ratio: float, angle: float, dtype: torch.dtype) -> None:
     weights, reference = turned(10**5, angle, ratio, dtype)
     expected = long_double_distance(weights, reference)
@@ -95,6 +97,7 @@ def test_distance_of_10_million_weights_is_exact(angle: float, ratio: float, dty
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("angle", [0.01, 1.0, 3.1], ids="angle {:g}".format)
+@pytest.mark.contract("M3")
 def test_half_precision_weights_are_read_as_the_numbers_that_they_are(dtype: torch.dtype, angle: float) -> None:
     weights, reference = turned(1000, angle, 1.5, dtype)
     expected = exact_distance(weights, reference)
@@ -110,12 +113,14 @@ def test_weights_and_reference_may_have_different_dtypes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 4.0], ids="scaled {:g}".format)
+@pytest.mark.contract("M3")
 def test_identical_weights_have_not_turned_at_all(dtype: torch.dtype, scale: float) -> None:
     reference = turned(10_000, 0, dtype=dtype)[1]
     assert layer_rotation(scale * reference, reference) == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 1e-4], ids="scaled {:g}".format)
+@pytest.mark.contract("M3")
 def test_opposite_weights_are_at_distance_two(scale: float) -> None:
     reference = turned(10_000, 0)[1]
     distance = float(layer_rotation(-scale * reference, reference))
@@ -139,6 +144,7 @@ def test_tiny_weights_may_have_a_huge_reference() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "inf"])
 @pytest.mark.parametrize("side", [0, 1], ids=["in the weights", "in the reference"])
+@pytest.mark.contract("M4")
 def test_a_value_that_is_not_finite_gives_nan(value: float, side: int) -> None:
     pair = turned(100, 0.1)
     pair[side][7] = value
@@ -152,6 +158,7 @@ def test_two_layers_of_zeros_give_nan(dtype: torch.dtype) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("zero", [0, 1], ids=["zero weights", "zero reference"])
+@pytest.mark.contract("M4")
 def test_one_norm_of_zero_gives_nan(zero: int, dtype: torch.dtype) -> None:
     for size in range(2, 40):
         pair = list(turned(size, 0.1, dtype=dtype))
@@ -171,6 +178,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("reference_layout", LAYOUTS.values(), ids=[f"reference {name}" for name in LAYOUTS])
+@pytest.mark.contract("M18")
 def test_memory_layout_does_not_matter_and_inputs_stay_as_they_are(
     layout: Callable[[Tensor], Tensor], reference_layout: Callable[[Tensor], Tensor]
 ) -> None:
@@ -255,6 +263,7 @@ def test_angles_obey_the_triangle_inequality(rows: list[tuple[float, float, floa
 @every_dtype
 @every_ratio
 @pytest.mark.parametrize("angle", [1e-3, 0.1, 1.0, 3.1], ids="angle {:g}".format)
+@pytest.mark.contract("M2")
 def test_sums_of_uneven_and_empty_pieces_add_up_to_the_layer(angle: float, ratio: float, dtype: torch.dtype) -> None:
     weights, reference = turned(1000, angle, ratio, dtype)
     pieces = [(w, o) for w, o in zip(weights.split([0, 1, 699, 300]), reference.split([0, 1, 699, 300]), strict=True)]

@@ -17,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Net, batches, trainer
+from readings import Reading, assert_reads, distances, move, network, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -24,36 +25,6 @@ from torch.nn.utils import parametrizations, prune
 from torchmetrics import Metric, MetricCollection
 
 from pl_layer_rotation import LayerRotation, layer_rotation, select_layers
-
-Reading = dict[str, Tensor]
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
-
-
-def weights(module: nn.Module) -> dict[str, np.ndarray]:
-    """The layers of `network` in float64."""
-    return {name: module.get_parameter(f"{name}.weight").detach().double().numpy().copy() for name in ("0", "3")}
-
-
-def move(module: nn.Module, seed: int = 1, size: float = 0.1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-
-def distances(now: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, float]:
-    units = {name: (now[name] / np.linalg.norm(now[name]), o / np.linalg.norm(o)) for name, o in start.items()}
-    return {name: float(((w - o) ** 2).sum() / 2) for name, (w, o) in units.items()}
-
-
-def assert_reads(reading: Reading, expected: dict[str, float], rel: float = 1e-6) -> None:
-    assert list(reading) == list(expected)
-    assert {name: float(value) for name, value in reading.items()} == pytest.approx(expected, rel=rel, abs=0)
-
 
 # --- the function ---
 
@@ -64,6 +35,7 @@ def test_function_gives_a_float64_scalar_without_gradient() -> None:
     assert (distance.dtype, distance.shape, distance.requires_grad) == (torch.float64, (), False)
 
 
+@pytest.mark.contract("M5")
 def test_function_refuses_different_shapes() -> None:
     text = (
         "`weights` and `reference` must have the same shape, got (2, 3) and (3, 2). Pass the same layer at two times."
@@ -74,6 +46,7 @@ def test_function_refuses_different_shapes() -> None:
 
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=["sharded", "replicated"])
+@pytest.mark.contract("M18")
 def test_function_reads_distributed_tensors(placement: Any) -> None:
     mesh = init_device_mesh("cpu", (1,))
     now, start = torch.randn(6, 4), torch.randn(6, 4)
@@ -86,6 +59,7 @@ def test_function_reads_distributed_tensors(placement: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1e-2, 1.0], ids="moved by {:g}".format)
+@pytest.mark.contract("M1")
 def test_a_reading_is_the_distance_from_the_weights_at_construction(dtype: torch.dtype, size: float) -> None:
     module = network(dtype)
     start, rotation = weights(module), LayerRotation(module)
@@ -94,17 +68,20 @@ def test_a_reading_is_the_distance_from_the_weights_at_construction(dtype: torch
     assert_reads(rotation(module), distances(weights(module), start), rel)
 
 
+@pytest.mark.contract("M3")
 def test_unmoved_weights_read_exactly_zero() -> None:
     module = network()
     assert LayerRotation(module)(module) == {"0": 0, "3": 0}
 
 
+@pytest.mark.contract("M9")
 def test_values_are_float64_scalars_without_gradient() -> None:
     module = network()
     reading = LayerRotation(module)(module)
     assert {(v.dtype, v.shape, v.requires_grad) for v in reading.values()} == {(torch.float64, (), False)}
 
 
+@pytest.mark.contract("M2")
 def test_an_update_replaces_the_last_reading() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -114,6 +91,7 @@ def test_an_update_replaces_the_last_reading() -> None:
     assert_reads(rotation.compute(), distances(weights(module), start))
 
 
+@pytest.mark.contract("M6")
 def test_forward_update_and_compute_agree_and_count_updates() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -126,6 +104,7 @@ def test_forward_update_and_compute_agree_and_count_updates() -> None:
     assert rotation.update_count == 2
 
 
+@pytest.mark.contract("M6")
 def test_an_update_after_compute_changes_the_value() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -136,6 +115,7 @@ def test_an_update_after_compute_changes_the_value() -> None:
     assert_reads(rotation.compute(), distances(weights(module), start))
 
 
+@pytest.mark.contract("M6")
 def test_compute_before_update_warns_and_knows_nothing() -> None:
     rotation = LayerRotation(network())
     with pytest.warns(UserWarning, match="``compute`` method of metric LayerRotation was called before the ``update``"):
@@ -143,6 +123,7 @@ def test_compute_before_update_warns_and_knows_nothing() -> None:
     assert all(value.isnan() for value in reading.values())
 
 
+@pytest.mark.contract("M6")
 def test_reset_forgets_the_reading_but_not_the_reference() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -153,6 +134,7 @@ def test_reset_forgets_the_reading_but_not_the_reference() -> None:
     assert_reads(rotation(module), distances(weights(module), start))
 
 
+@pytest.mark.contract("M4")
 def test_a_layer_with_nan_reads_nan_and_the_others_are_right() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -164,6 +146,7 @@ def test_a_layer_with_nan_reads_nan_and_the_others_are_right() -> None:
     assert float(reading["3"]) == pytest.approx(distances(weights(module), start)["3"], rel=1e-6, abs=0)
 
 
+@pytest.mark.contract("M4")
 def test_a_layer_that_starts_at_zero_reads_nan_for_good() -> None:
     module = network()
     nn.init.zeros_(module[3].weight)
@@ -173,6 +156,7 @@ def test_a_layer_that_starts_at_zero_reads_nan_for_good() -> None:
         assert rotation(module)["3"].isnan()
 
 
+@pytest.mark.contract("M21")
 def test_ten_thousand_layers_are_one_state() -> None:
     module = nn.ParameterList([torch.eye(2) for _ in range(10_000)])
     rotation = LayerRotation(module)
@@ -274,6 +258,7 @@ def test_a_reference_of_another_shape_is_an_error() -> None:
 # --- errors ---
 
 
+@pytest.mark.contract("M5")
 def test_a_module_without_layers_is_an_error() -> None:
     text = (
         "`module` must have a layer to measure, got BatchNorm1d without a parameter of two or more dimensions. "
@@ -296,6 +281,7 @@ def test_a_module_without_layers_is_an_error() -> None:
     ],
     ids=["other names", "another shape", "a layer is missing", "no layers"],
 )
+@pytest.mark.contract("M5")
 def test_reading_another_module_is_an_error(make: Callable[[], nn.Module], described: str) -> None:
     text = (
         "`module` must have the layers that this metric was made for, 0 (4, 1, 3, 3), 3 (3, 16), "
@@ -321,6 +307,7 @@ def test_a_reading_that_fails_leaves_the_last_one() -> None:
     assert_reads(rotation.compute(), {name: float(value) for name, value in before.items()})
 
 
+@pytest.mark.contract("M5")
 def test_unknown_metric_options_are_an_error() -> None:
     with pytest.raises(ValueError, match="Unexpected keyword arguments: `reduction`"):
         LayerRotation(network(), reduction="mean")
@@ -329,6 +316,7 @@ def test_unknown_metric_options_are_an_error() -> None:
 # --- what a metric keeps ---
 
 
+@pytest.mark.contract("M16", "M18")
 def test_the_module_is_neither_changed_nor_kept_alive() -> None:
     module = network()
     before = {name: (p._version, p.detach().clone()) for name, p in module.named_parameters()}
@@ -343,6 +331,7 @@ def test_the_module_is_neither_changed_nor_kept_alive() -> None:
     assert [reference() for reference in alive] == [None] * 3
 
 
+@pytest.mark.contract("M16")
 def test_memory_does_not_grow_with_readings() -> None:
     module = network()
     rotation = LayerRotation(module)
@@ -363,6 +352,7 @@ COPIES: dict[str, Callable[[LayerRotation], LayerRotation]] = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("updates", [0, 2], ids=["before", "after updates"])
+@pytest.mark.contract("M7")
 def test_copies_are_equal_and_independent(copied: Callable[[LayerRotation], LayerRotation], updates: int) -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -377,6 +367,7 @@ def test_copies_are_equal_and_independent(copied: Callable[[LayerRotation], Laye
     assert_reads(rotation(module), distances(weights(module), start))
 
 
+@pytest.mark.contract("M7")
 def test_two_metrics_have_different_hashes_and_a_name() -> None:
     module = network()
     first, second = LayerRotation(module), LayerRotation(module)
@@ -385,6 +376,7 @@ def test_two_metrics_have_different_hashes_and_a_name() -> None:
 
 
 @pytest.mark.parametrize("edit", [lambda r: r["0"].fill_(7), lambda r: r.clear()], ids=["a value", "the dictionary"])
+@pytest.mark.contract("M6")
 def test_editing_a_result_does_not_change_the_next_one(edit: Callable[[Reading], object]) -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -402,6 +394,7 @@ def test_editing_the_result_of_forward_does_not_change_the_state() -> None:
     assert_reads(rotation.compute(), distances(weights(module), start))
 
 
+@pytest.mark.contract("M6")
 def test_earlier_results_stay_as_they_were() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -415,6 +408,7 @@ def test_earlier_results_stay_as_they_were() -> None:
         assert_reads(result, expected)
 
 
+@pytest.mark.contract("M8")
 def test_state_dict_is_empty_by_default() -> None:
     module = network()
     rotation = LayerRotation(module)
@@ -422,6 +416,7 @@ def test_state_dict_is_empty_by_default() -> None:
     assert rotation.state_dict() == {}
 
 
+@pytest.mark.contract("M8")
 def test_a_persistent_state_survives_a_file() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -438,6 +433,7 @@ def test_a_persistent_state_survives_a_file() -> None:
         assert_reads(other.compute(), distances(weights(module), start))
 
 
+@pytest.mark.contract("M9")
 def test_the_constants_of_the_metric_are_fixed() -> None:
     rotation = LayerRotation(network())
     assert (rotation.is_differentiable, rotation.higher_is_better) == (False, None)
@@ -459,6 +455,7 @@ CASTS: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "float64"])
+@pytest.mark.contract("M10")
 def test_a_cast_of_the_parent_module_rounds_neither_state_nor_reference(
     cast: Callable[[nn.Module], object], dtype: torch.dtype
 ) -> None:
@@ -471,6 +468,7 @@ def test_a_cast_of_the_parent_module_rounds_neither_state_nor_reference(
     assert rotation.sums.dtype == torch.float64
 
 
+@pytest.mark.contract("M10")
 def test_a_module_turned_to_bfloat16_is_measured_from_its_unrounded_start() -> None:
     module = network()
     start = weights(module)
@@ -481,6 +479,7 @@ def test_a_module_turned_to_bfloat16_is_measured_from_its_unrounded_start() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.contract("M10")
 def test_set_dtype_is_harmless(dtype: torch.dtype) -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -489,12 +488,14 @@ def test_set_dtype_is_harmless(dtype: torch.dtype) -> None:
     assert_reads(rotation(module), distances(weights(module), start), rel=1e-4)
 
 
+@pytest.mark.contract("M10")
 def test_state_and_reference_move_with_the_parent() -> None:
     rotation = LayerRotation(network())
     nn.ModuleDict({"rotation": rotation}).to("meta")
     assert {tensor.device.type for tensor in (rotation.sums, *rotation._references)} == {"meta"}
 
 
+@pytest.mark.contract("M17")
 def test_inference_mode_leaves_a_usable_metric_behind() -> None:
     module = network()
     start, rotation = weights(module), LayerRotation(module)
@@ -510,6 +511,7 @@ def test_inference_mode_leaves_a_usable_metric_behind() -> None:
         assert_reads(metric.compute(), distances(weights(module), start))
 
 
+@pytest.mark.contract("M17")
 def test_a_metric_made_in_inference_mode_works_outside() -> None:
     module = network()
     start = weights(module)
@@ -523,6 +525,7 @@ def test_a_metric_made_in_inference_mode_works_outside() -> None:
 # --- together with the rest of torchmetrics and Lightning ---
 
 
+@pytest.mark.contract("M12")
 def test_a_collection_puts_its_prefix_in_front_of_every_layer() -> None:
     module = network()
     start = weights(module)
@@ -533,6 +536,7 @@ def test_a_collection_puts_its_prefix_in_front_of_every_layer() -> None:
     assert_reads(metrics.compute(), expected)
 
 
+@pytest.mark.contract("M12")
 def test_metrics_with_different_references_stay_apart_in_a_collection() -> None:
     module = network()
     start, metrics = weights(module), {"init": LayerRotation(module)}
@@ -546,6 +550,7 @@ def test_metrics_with_different_references_stay_apart_in_a_collection() -> None:
     assert_reads(collection.compute(), {f"{k}_{n}": v for k in ("epoch", "init") for n, v in expected[k].items()})
 
 
+@pytest.mark.contract("M12")
 def test_metrics_on_twins_that_start_equal_stay_apart_in_a_collection() -> None:
     module = nn.ModuleDict({"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)})
     module["teacher"].load_state_dict(module["student"].state_dict())
@@ -558,6 +563,7 @@ def test_metrics_on_twins_that_start_equal_stay_apart_in_a_collection() -> None:
     assert float(reading["student"]) > 0
 
 
+@pytest.mark.contract("M20")
 def test_plot_returns_a_figure_and_its_axes() -> None:
     matplotlib = pytest.importorskip("matplotlib")
     pytest.importorskip("matplotlib.pyplot").switch_backend("Agg")
@@ -573,19 +579,9 @@ def test_plot_returns_a_figure_and_its_axes() -> None:
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.*:FutureWarning", "ignore:This property will be removed:DeprecationWarning"
 )
+@pytest.mark.contract("M14")
 def test_the_metric_can_be_scripted() -> None:
     assert torch.jit.script(LayerRotation(network())) is not None
-
-
-def test_merging_readings_is_refused() -> None:
-    module = network()
-    first, second = LayerRotation(module), LayerRotation(module)
-    first.update(module)
-    second.update(module)
-    with pytest.raises(
-        RuntimeError, match="``merge_state`` is not supported for metrics with ``full_state_update=True``"
-    ):
-        first.merge_state(second)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -600,6 +596,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("placement", [None, Shard(0), Replicate()], ids=["plain", "sharded", "replicated"])
+@pytest.mark.contract("M1", "M15")
 def test_one_process_of_a_group_reads_all_kinds_of_tensors(placement: Any, options: dict[str, Any]) -> None:
     module = network()
     start = weights(module)
@@ -628,6 +625,7 @@ class Measured(Net):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.contract("M19")
 def test_a_lightning_module_logs_the_rotation_of_its_layers() -> None:
     module = Measured()
     states: list[dict[str, Tensor]] = []

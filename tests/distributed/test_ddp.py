@@ -121,6 +121,7 @@ def sharded_metric(rank: int) -> dict[str, float]:
 ROWS = {"cut": 3, "one_row": 1, "columns": 4, "whole": 6, "plain": 2}
 
 
+@pytest.mark.contract("M2")
 def test_pieces_of_layers_count_as_the_whole() -> None:
     expected = {}
     for name, rows in ROWS.items():
