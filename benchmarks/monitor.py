@@ -307,7 +307,12 @@ def measure_time(workload: str, rounds: int, run: Any) -> list[dict[str, float]]
     gc.enable()
     everything, angles, nothing = monitors
     # Each did what it stands for (the last row of the others is that of the end of training).
-    assert len(everything.history) == everything._measuring.sums.readings == angles._measuring.sums.readings == WARM_UP + rounds
+    assert (
+        len(everything.history)
+        == everything._measuring.sums.readings
+        == angles._measuring.sums.readings
+        == WARM_UP + rounds
+    )
     assert len(angles.history) == len(nothing.history) == 1
     assert nothing._measuring.sums.readings == 0
     return times.rows[WARM_UP:]
