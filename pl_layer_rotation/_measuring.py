@@ -102,7 +102,7 @@ class Measuring:
                 return first
             second = torch.full_like(first, torch.nan)
             # On an accelerator their values would have to be waited for.
-            squares = first[stepped, 2].tolist() if first.device.type == "cpu" else None
+            squares = first[stepped, 2].tolist() if on_host(first) else None
             second[stepped] = self._step_sums(held, squares)
             return torch.cat([first, second], 1)
 
@@ -124,7 +124,7 @@ class Measuring:
         if self._failures is not None:
             self._check_failures(packed[-1])
             packed = packed[:-1]
-        rotation = self._retaken(packed[:, :4], scales, layers) if sums.device.type != "cpu" else packed[:, :4]
+        rotation = packed[:, :4] if on_host(sums) else self._retaken(packed[:, :4], scales, layers)
         values = {
             "rotation": geometry.cosine_distance(rotation),
             "norm_ratio": geometry.norm_ratio(rotation, scales),
@@ -146,7 +146,7 @@ class Measuring:
         weights = [local_tensor(layer) for layer in layers.values()]
         references = [self.references.pieces[name] for name in layers]
         whole = [shard_count(layer) == 1 for layer in layers.values()]
-        if weights and weights[0].device.type != "cpu":
+        if weights and not on_host(weights[0]):
             return geometry.device_rotation_sums(weights, references, whole)
         squares = [
             self.references.square(name) if is_whole else torch.nan
@@ -161,7 +161,7 @@ class Measuring:
         weights = [local_tensor(layer) for layer in layers.values()]
         before = [self._before[name] for name in layers]
         whole = [shard_count(layer) == 1 for layer in layers.values()]
-        if weights[0].device.type != "cpu":
+        if not on_host(weights[0]):
             return geometry.device_rotation_sums(weights, before, whole)
         # The angle is the same from either side, and of the weights of now the squares may be known.
         return geometry.rotation_sums(before, weights, whole, squares, close=True)[0]
@@ -177,7 +177,7 @@ class Measuring:
         except Exception as error:
             self._failure = error
             sums = torch.full((len(counts), width), torch.nan, dtype=geometry.wide_dtype(device), device=device)
-        flag = torch.full((1, width), 0.0 if self._failure is None else 1.0).to(sums)
+        flag = torch.full((1, width), 0.0 if self._failure is None else 1.0, dtype=sums.dtype, device=sums.device)
         total = sum_over_processes(torch.cat([sums, flag]), [*counts, 1], device)
         self._failures = total[-1:, :1]
         return total[:-1]
@@ -195,6 +195,11 @@ class Measuring:
             again, scale = geometry.rotation_sums([local_tensor(layers[name])], [self.references.pieces[name]], [True])
             sums[place], scales[place] = again[0], scale[0]
         return sums
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether numbers may be looked at: on an accelerator Python would have to wait for them."""
+    return tensor.device.type == "cpu"
 
 
 def _is_like(held: Tensor | None, weight: Tensor) -> bool:

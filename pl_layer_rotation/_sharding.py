@@ -199,7 +199,7 @@ def sum_over_processes(sums: Tensor, counts: Sequence[int], device: torch.device
     """
     if all(count == 1 for count in counts):
         return sums
-    shared = (sums * share_of_sums(counts).to(sums.device)[:, None]).to(device)
+    shared = (sums * share_of_sums(counts).to(sums.device, non_blocking=True)[:, None]).to(device)
     dist.all_reduce(shared)
     return shared.to(sums.device)
 
