@@ -1,7 +1,8 @@
 """Plotly figures of a history: curves by depth, final rotation by layer, heatmap of depth and step."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from pl_layer_rotation.history import RotationHistory
+from pl_layer_rotation.report.measures import number
 from pl_layer_rotation.report.text import shape_text
 
 # First to last layer: equal steps of hue and lightness in OKLCH, dark enough for white paper, light enough for black;
@@ -20,9 +22,9 @@ _POINTS = 10_000  # W&B keeps no more rows of a figure's table; more points than
 _FEW_READINGS = 12  # up to here each reading is marked: a single one would draw no line at all
 _LABEL = 24  # characters of a layer's name beside an axis
 _HOVER = 80  # characters of a layer's name in a hover label
-_SPECIAL = str.maketrans(
-    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "{": "&#123;", "$": "&#36;", "\n": " ", "\r": " "},
-)
+_REFERENCE = 40  # characters of the reference's name beside an axis
+_GREY = "#7d838c"  # readable on light and on dark paper
+_SPECIAL = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "{": "&#123;", "$": "&#36;"})
 
 
 class _Quantity(NamedTuple):
@@ -32,23 +34,28 @@ class _Quantity(NamedTuple):
 
 
 _QUANTITIES = {
-    "rotation": _Quantity("cosine distance from initialization", "cosine distance", True),
+    "rotation": _Quantity("cosine distance", "cosine distance", True),
     "angular_update": _Quantity("angle turned by one optimizer step (radians)", "angular update (radians)", True),
     "norm_ratio": _Quantity("norm of the weights / norm of the reference (ratio)", "norm ratio", False),
+    "straightness": _Quantity("angle from the start / that of a random walk (ratio)", "straightness", True),
 }
 
 
-def curves(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
+def curves(history: RotationHistory, quantity: str = "rotation", points: int = _POINTS) -> go.Figure:
     """One line a layer over the optimizer steps, coloured by depth.
 
-    Undefined values are gaps. At most ``max(2, 10000 // layers)`` readings are drawn, first and last among them.
+    Undefined values are gaps. At most ``max(2, points // layers)`` readings are drawn, first and last among them. Thin
+    dotted lines are there to compare with: in the view of the rotation a random walk (:func:`random_walk`), in that of
+    the straightness its 1, in that of the angular update the angle that was asked for, where it was recorded.
 
     Args:
         history: the readings of one run.
-        quantity: what to draw: ``rotation``, ``angular_update`` (radians), ``norm_ratio``, or another recorded one.
+        quantity: what to draw: ``rotation``, ``angular_update`` (radians), ``norm_ratio``, ``straightness``, or another
+            recorded one.
+        points: values to draw at most.
 
     Returns:
-        A figure with one scatter trace a layer, in depth order.
+        A figure with one scatter trace a layer, in depth order, and after them the dotted lines.
 
     Raises:
         ValueError: If ``quantity`` is neither known nor recorded.
@@ -63,7 +70,7 @@ def curves(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
 
     """
     drawn = _describe(history, quantity)
-    steps, columns = _columns(history, quantity)
+    steps, columns = _columns(history, quantity, points)
     few = len(steps) <= _FEW_READINGS
     lines = []
     for depth, (name, color, values) in enumerate(
@@ -84,7 +91,8 @@ def curves(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
             marker = {"color": [0] * len(steps), "coloraxis": "coloraxis", "opacity": int(few)}
             line.update(mode="lines+markers", marker=marker)
         lines.append(line)
-    figure = go.Figure(lines, _layout(_measured(columns)))
+    guides = _guides(history, quantity, steps, points) if _measured(columns) else []
+    figure = go.Figure([*lines, *guides], _layout(_measured(columns)))
     figure.update_xaxes(_step_axis(steps))
     if not few:
         figure.update_xaxes(range=[min(0, steps[0]), steps[-1]])  # markers, even unseen ones, would widen it
@@ -130,12 +138,13 @@ def final_rotation(history: RotationHistory) -> go.Figure:
     return figure
 
 
-def heatmap(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
+def heatmap(history: RotationHistory, quantity: str = "rotation", points: int = _POINTS) -> go.Figure:
     """Depth by optimizer step, coloured by value; the first layer is on top.
 
     Args:
         history: the readings of one run.
         quantity: what to draw, as for :func:`curves`.
+        points: values to draw at most.
 
     Returns:
         A figure with one heatmap trace: a row a layer, a column a reading, gaps where a value is undefined.
@@ -153,7 +162,7 @@ def heatmap(history: RotationHistory, quantity: str = "rotation") -> go.Figure:
 
     """
     drawn = _describe(history, quantity)
-    steps, columns = _columns(history, quantity)
+    steps, columns = _columns(history, quantity, points)
     cells = go.Heatmap(
         x=steps,
         y=_labels(history),
@@ -189,6 +198,52 @@ def figures(history: RotationHistory) -> dict[str, go.Figure]:
     return {"rotation": curves(history), "final_rotation": final_rotation(history), "heatmap": heatmap(history)}
 
 
+def random_walk(history: RotationHistory) -> dict[int, float]:
+    """Rotation that a random walk with the angles of a run's steps would have reached, by step.
+
+    ``1 - exp(-c·S / 2)`` in the median over layers, with the sum ``S`` of the squared angles of all steps (radians) and
+    ``c = (1 + m) / (1 - m)`` for momentum ``m``.
+
+    Args:
+        history: the readings of one run.
+
+    Returns:
+        Values at the steps where the monitor recorded the sum; empty where that, or the momentum, is not known.
+
+    Example::
+
+        >>> history = RotationHistory(["fc"], facts={"momentum": 0.5})
+        >>> history.append(10, path_square=[0.02])
+        >>> history.append(20, path_square=[float("nan")])
+        >>> {step: round(value, 5) for step, value in random_walk(history).items()}
+        {10: 0.02955}
+
+    """
+    momentum = number(history.facts, "momentum")
+    if momentum is None or not 0 <= momentum < 1:
+        return {}
+    factor = (1 + momentum) / (1 - momentum)
+    walk = {}
+    for row in history.state_dict()["rows"]:
+        reached = [-math.expm1(-0.5 * factor * square) for square in row.get("path_square", ()) if square > 0]
+        if reached:
+            walk[row["step"]] = statistics.median(reached)
+    return walk
+
+
+def origin(facts: Mapping[str, Any]) -> str:
+    """What rotation is measured from, to stand behind "from": the initialization unless the run says otherwise.
+
+    Example::
+
+        >>> origin({}), origin({"reference": "pretrained.ckpt"})
+        ('initialization', 'the reference weights (pretrained.ckpt)')
+
+    """
+    reference = facts.get("reference", "init")
+    return "initialization" if reference in ("init", None) else f"the reference weights ({reference})"
+
+
 def depth_colors(layers: int) -> list[str]:
     """CSS colours of that many layers in depth order, the same in every figure and table."""
     stops = [depth / max(1, layers - 1) for depth in range(layers)]
@@ -197,17 +252,63 @@ def depth_colors(layers: int) -> list[str]:
 
 def _describe(history: RotationHistory, quantity: str) -> _Quantity:
     words = _escape(quantity.replace("_", " "))
+    if quantity == "rotation":
+        start = origin({"reference": _shorten(str(history.facts.get("reference") or "init"), _REFERENCE)})
+        return _QUANTITIES[quantity]._replace(axis=_escape(f"cosine distance from {start}"))
     if quantity not in _QUANTITIES and quantity not in history.quantities:
         known = list(dict.fromkeys([*_QUANTITIES, *history.quantities]))
         raise ValueError(f"`quantity` must be one of {known}, got {quantity!r}. Pass one that was recorded.")
     return _QUANTITIES.get(quantity, _Quantity(words, words, False))
 
 
-def _columns(history: RotationHistory, quantity: str) -> tuple[list[int], list[list[float | None]]]:
+def _guides(history: RotationHistory, quantity: str, steps: Sequence[int], points: int) -> list[go.Scatter]:
+    """The dotted lines to compare with."""
+    if quantity == "rotation":
+        walk = random_walk(history)
+        known = [step for step in steps if step in walk]
+        return (
+            [_guide("random walk", known, [_rounded(walk[step]) for step in known], "cosine distance")] if known else []
+        )
+    if quantity == "straightness":
+        return [_guide("random walk", [steps[0], steps[-1]], [1.0, 1.0], "straightness")]
+    if quantity != "angular_update" or "requested_angle" not in history.quantities:
+        return []
+    asked_at, asked = _columns(history, "requested_angle", points)
+    # Most often all layers are asked for the same.
+    colors = {tuple(values): color for color, values in zip(depth_colors(len(asked)), asked, strict=True)}
+    colors.pop((None,) * len(asked_at), None)
+    return [
+        _guide("requested", asked_at, values, "angular update (radians)", _GREY if len(colors) == 1 else color, i == 0)
+        for i, (values, color) in enumerate(colors.items())
+    ]
+
+
+def _guide(
+    name: str,
+    steps: Sequence[int],
+    values: Sequence[float | None],
+    unit: str,
+    color: str = _GREY,
+    labelled: bool = True,
+) -> go.Scatter:
+    label = {"mode": "lines+text", "text": [*[""] * (len(steps) - 1), name]} if labelled else {"mode": "lines"}
+    return go.Scatter(
+        x=list(steps),
+        y=list(values),
+        name=name,
+        line={"color": color, "width": 1.2, "dash": "dot"},
+        hovertemplate=f"<b>{name}</b><br>step %{{x:,}}<br>{unit} %{{y:.3g}}<extra></extra>",
+        textposition="top left",
+        textfont={"size": 11, "color": _GREY},
+        **label,
+    )
+
+
+def _columns(history: RotationHistory, quantity: str, points: int) -> tuple[list[int], list[list[float | None]]]:
     """Steps at which a quantity was read, thinned, and the values of each layer at them."""
     # Quantities may be read at different steps: a step without a reading of this one is no gap in its curves.
     rows = [(row["step"], row[quantity]) for row in history.state_dict()["rows"] if quantity in row]
-    most = max(2, _POINTS // max(1, len(history.layer_names)))
+    most = max(2, points // max(1, len(history.layer_names)))
     if len(rows) > most:
         rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
     columns = [[_rounded(row[layer]) for _, row in rows] for layer in range(len(history.layer_names))]
@@ -223,8 +324,8 @@ def _measured(columns: Sequence[Sequence[float | None]]) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Text that Plotly shows as it is: no markup, no ``%{…}`` template, no ``$…$`` formula, one line."""
-    return text.translate(_SPECIAL)
+    """Text that Plotly shows as it is: no markup, no ``%{…}`` template, no ``$…$`` formula, one line, one direction."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).translate(_SPECIAL)
 
 
 def _shorten(text: str, length: int) -> str:
@@ -274,7 +375,7 @@ def _color_bar(figure: go.Figure, title: str, length: float, **axis: Any) -> Non
 
 def _layout(measured: bool) -> dict[str, Any]:
     """What the figures share; transparent, with greys that can be read on light and on dark paper."""
-    grey, grid = "#7d838c", "rgba(128,134,144,0.22)"
+    grey, grid = _GREY, "rgba(128,134,144,0.22)"
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "ticks": "", "automargin": True}
     axis["exponentformat"] = "power"
     center = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
