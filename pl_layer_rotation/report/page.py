@@ -8,16 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pl_layer_rotation.history import RotationHistory, write_text
-from pl_layer_rotation.report.figures import curves, depth_colors, final_rotation, heatmap, origin
+from pl_layer_rotation.report.figures import (
+    Drawing,
+    depth_colors,
+    draw_curves,
+    draw_final_rotation,
+    draw_heatmap,
+)
 from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.packing import pack, plotly_js, source_hash
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
-from pl_layer_rotation.report.text import shape_text, three_digits
+from pl_layer_rotation.report.text import origin, shape_text, three_digits
 
 _MISSING = "–"  # noqa: RUF001
 # What the curves can show, and what their switch calls it.
@@ -110,7 +115,7 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         script=Markup(script),
         policy=f"script-src {source_hash(script)} {library.source}",
         library=library.packed,
-        figures=pack(json.dumps({key: figure.to_plotly_json() for key, figure in drawings.items()}, allow_nan=False)),
+        figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
     )
 
 
@@ -165,16 +170,16 @@ def _sentence(text: str) -> Markup:
     )
 
 
-def _drawings(histories: Mapping[str, RotationHistory], runs: Sequence[_Run]) -> dict[str, go.Figure]:
+def _drawings(histories: Mapping[str, RotationHistory], runs: Sequence[_Run]) -> dict[str, Drawing]:
     """The charts of all runs by their names in the page."""
     points = max(_FEWEST_POINTS, _POINTS // len(runs))
     drawings = {}
     for i, (history, run) in enumerate(zip(histories.values(), runs, strict=True)):
         for view in run.views:
-            drawings[f"{view}-{i}"] = curves(history, view, points)
+            drawings[f"{view}-{i}"] = draw_curves(history, view, points)
         if run.drawn:
-            drawings[f"final_rotation-{i}"] = final_rotation(history)
-            drawings[f"heatmap-{i}"] = heatmap(history, points=points)
+            drawings[f"final_rotation-{i}"] = draw_final_rotation(history)
+            drawings[f"heatmap-{i}"] = draw_heatmap(history, points=points)
     if len(runs) > 1:
         _same_range(drawings, histories.values())
     return drawings
@@ -253,18 +258,19 @@ def _aggregates(history: RotationHistory) -> dict[str, str]:
     }
 
 
-def _same_range(drawings: Mapping[str, go.Figure], histories: Iterable[RotationHistory]) -> None:
+def _same_range(drawings: Mapping[str, Drawing], histories: Iterable[RotationHistory]) -> None:
     """Give the figures of all runs one range of rotation, so that equal heights and colours mean equal values."""
     rows = [row for history in histories for row in history.state_dict()["rows"]]
     values = [value for row in rows for value in row.get("rotation", ())]
     highest = max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
-    for key, figure in drawings.items():
-        if key.startswith("rotation"):
-            figure.update_yaxes(range=[0, 1.04 * highest])
-        elif key.startswith("final_rotation"):
-            figure.update_xaxes(range=[0, 1.04 * highest])
-        elif key.startswith("heatmap"):
-            figure.update_layout(coloraxis={"cmin": 0, "cmax": highest})
+    for key, drawing in drawings.items():
+        layout, kind = drawing["layout"], key.rpartition("-")[0]
+        if kind == "rotation":
+            layout["yaxis"]["range"] = [0, 1.04 * highest]
+        elif kind == "final_rotation":
+            layout["xaxis"]["range"] = [0, 1.04 * highest]
+        elif kind == "heatmap":
+            layout["coloraxis"] |= {"cmin": 0, "cmax": highest}
 
 
 def _fact_list(history: RotationHistory) -> list[tuple[str, str]]:

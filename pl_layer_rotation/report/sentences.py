@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.figures import origin, random_walk
 from pl_layer_rotation.report.findings import STRAIGHT, findings, median_straightness
-from pl_layer_rotation.report.measures import Measures
-from pl_layer_rotation.report.text import listed, three_digits
+from pl_layer_rotation.report.measures import Measures, random_walk
+from pl_layer_rotation.report.text import listed, origin, three_digits
 
 
 def headline(history: RotationHistory) -> str:
