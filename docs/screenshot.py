@@ -85,7 +85,7 @@ class Broken(Small):
     def configure_optimizers(self):
         side = list(self.side.parameters())
         others = [p for name, p in self.named_parameters() if not name.startswith("side")]
-        return torch.optim.SGD([{"params": others, "momentum": 0.9}, {"params": side, "lr": 20.0}], lr=0.05)
+        return torch.optim.SGD([{"params": others, "momentum": 0.9}, {"params": side, "lr": 4.0}], lr=0.3)
 
 
 def fit(module: type[pl.LightningModule], epochs: int) -> RotationHistory:

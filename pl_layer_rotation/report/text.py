@@ -13,13 +13,15 @@ def three_digits(value: float, missing: str = "-") -> str:
 
     Example::
 
-        >>> three_digits(0.5), three_digits(12345.6), three_digits(float("nan"))
-        ('0.500', '12,346', '-')
+        >>> three_digits(0.5), three_digits(12345.6), three_digits(7.4e33), three_digits(0), three_digits(float("nan"))
+        ('0.500', '12,346', '7.40e+33', '0', '-')
 
     """
     if not math.isfinite(value):
         return missing
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.3g}".rstrip(".")
 
 
 def shape_text(shape: Sequence[int], missing: str = "unknown") -> str:
