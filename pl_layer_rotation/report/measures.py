@@ -135,3 +135,36 @@ def number(facts: Mapping[str, Any], key: str) -> float | None:
     value = facts.get(key)
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known else None  # type: ignore[arg-type]
+
+
+def random_walk(history: RotationHistory) -> dict[int, float]:
+    """Rotation that a random walk with the angles of a run's steps would have reached, by step.
+
+    ``1 - exp(-c·S / 2)`` in the median over layers, with the sum ``S`` of the squared angles of all steps (radians) and
+    ``c = (1 + m) / (1 - m)`` for momentum ``m``.
+
+    Args:
+        history: the readings of one run.
+
+    Returns:
+        Values at the steps where the monitor recorded the sum; empty where that, or the momentum, is not known.
+
+    Example::
+
+        >>> history = RotationHistory(["fc"], facts={"momentum": 0.5})
+        >>> history.append(10, path_square=[0.02])
+        >>> history.append(20, path_square=[float("nan")])
+        >>> {step: round(value, 5) for step, value in random_walk(history).items()}
+        {10: 0.02955}
+
+    """
+    momentum = number(history.facts, "momentum")
+    if momentum is None or not 0 <= momentum < 1:
+        return {}
+    factor = (1 + momentum) / (1 - momentum)
+    walk = {}
+    for row in history.state_dict()["rows"]:
+        reached = [-math.expm1(-0.5 * factor * square) for square in row.get("path_square", ()) if square > 0]
+        if reached:
+            walk[row["step"]] = statistics.median(reached)
+    return walk

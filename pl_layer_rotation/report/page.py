@@ -3,49 +3,77 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from plotly.offline import get_plotlyjs
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from pl_layer_rotation.history import RotationHistory, write_text
-from pl_layer_rotation.report.figures import depth_colors, figures
+from pl_layer_rotation.report.figures import (
+    Drawing,
+    depth_colors,
+    draw_curves,
+    draw_final_rotation,
+    draw_heatmap,
+)
 from pl_layer_rotation.report.findings import finding_lines
-from pl_layer_rotation.report.text import shape_text, three_digits
+from pl_layer_rotation.report.packing import pack, plotly_js, source_hash
+from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
+from pl_layer_rotation.report.text import origin, shape_text, three_digits
 
 _MISSING = "–"  # noqa: RUF001
+# What the curves can show, and what their switch calls it.
+_VIEWS = {
+    "rotation": "rotation",
+    "angular_update": "angular update",
+    "norm_ratio": "norm ratio",
+    "straightness": "straightness",
+}
+_POINTS, _FEWEST_POINTS = 20_000, 5_000  # values in a chart: of a page with one run, and with many
 _COMPARED = ("optimizer", "learning_rate")  # shown side by side even where all runs agree
 _ROW, _FRAME = 16, 130  # pixels of one layer's row, and of everything around the rows
 _TALLEST = 1_200  # pixels; with more layers the rows shrink and some go without a label
-_COLUMNS = {"rotation": "final rotation", "norm_ratio": "norm ratio", "angular_update": "last angular update (rad)"}
-# Facts that the findings need and a reader does not.
-_FOR_FINDINGS = frozenset(
+_COLUMNS = {
+    "rotation": "final rotation",
+    "norm_ratio": "norm ratio",
+    "straightness": "straightness",
+    "angular_update": "last angular update (rad)",
+}
+# Facts that the findings need and a reader does not, or that stand in sentences.
+_NOT_SHOWN = frozenset(
     {"followed_by_norm", "dense_steps", "angle_readings", "layer_multipliers", "base", "constant_learning_rate"}
+    | {"reference_steps"}
 )
-_AGGREGATES = ("mean rotation", "min", "max")
+_FIRST = ("optimizer", "learning_rate", "steps", "strategy", "devices", "precision")
+_LABELS = {"total_steps": "planned steps", "steps": "optimizer steps"}
 
 
 class _Table(NamedTuple):
     head: list[str]
     rows: list[list[str]]
-    numeric: list[bool]  # by column
+    kinds: list[str]  # by column: "text", "depth", "size" or "number"
 
 
 class _Run(NamedTuple):
-    """What the template shows of one run: text ready to print, and the names of its figures."""
+    """What the template shows of one run: text ready to print, and the names of its charts."""
 
     name: str
     headline: str
-    warning: str
+    notes: list[str]
     findings: list[str]
-    drawn: bool
+    views: dict[str, str]
+    captions: dict[str, str]
     height: int
     layers: _Table
     colors: list[str]
     facts: list[tuple[str, str]]
+
+    @property
+    def drawn(self) -> bool:
+        return bool(self.views)
 
 
 def render_page(histories: Mapping[str, RotationHistory]) -> str:
@@ -55,7 +83,7 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         histories: one history a run, under the name that readers see; they appear in this order.
 
     Returns:
-        A complete HTML document with plotly.js (about 4.8 MB), figures and tables inside.
+        A complete HTML document with plotly.js (2.0 MB, compressed), figures and tables inside.
 
     Raises:
         ValueError: If there is no run.
@@ -65,27 +93,29 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         >>> history = RotationHistory(["conv", "fc"], [(8, 1, 3, 3), (10, 8)], {"optimizer": "SGD"})
         >>> history.append(10, rotation=[0.01, 0.02])
         >>> page = render_page({"baseline": history})
-        >>> "rotation from 0.0100 (conv) to 0.0200 (fc)" in page
+        >>> "After 10 optimizer steps: mean rotation 0.0150 over 2 layers" in page
         True
 
     """
     if not histories:
         raise ValueError("`histories` must hold at least one run, got none. Pass {name: history}.")
     runs = [_run(name, history) for name, history in histories.items()]
-    drawings = {
-        f"{kind}-{i}": figure
-        for i, (history, run) in enumerate(zip(histories.values(), runs, strict=True))
-        if run.drawn
-        for kind, figure in figures(history).items()
-    }
-    if len(runs) > 1:
-        _same_range(drawings, histories.values())
-    return _template().render(
+    drawn = [run for run in runs if run.drawn]
+    drawings = _drawings(histories, runs)
+    environment = _environment()
+    script = _source("page.js")
+    library = plotly_js()
+    return environment.get_template("template.html").render(
         runs=runs,
         comparison=_compare(histories) if len(runs) > 1 else None,
-        figures={key: figure.to_plotly_json() for key, figure in drawings.items()},
+        shared_views={key: label for key, label in _VIEWS.items() if drawn and all(key in run.views for run in drawn)},
+        origin=_common_origin(histories.values()),
         gradient=", ".join(depth_colors(9)),
-        plotlyjs=get_plotlyjs(),
+        style=Markup(_source("page.css")),
+        script=Markup(script),
+        policy=f"script-src {source_hash(script)} {library.source}",
+        library=library.packed,
+        figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
     )
 
 
@@ -113,7 +143,7 @@ def write_page(path: str | os.PathLike[str], histories: Mapping[str, RotationHis
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("pl_layer_rotation", "report"),
         autoescape=True,
@@ -121,49 +151,59 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html")
+    environment.filters["sentence"] = _sentence
+    return environment
 
 
-def _run(name: str, history: RotationHistory) -> _Run:
-    final = history.final("rotation")
-    return _Run(
-        name=name,
-        headline=_headline(history),
-        warning=_warning(history),
-        findings=finding_lines(history),
-        drawn=bool(_defined(history)),
-        height=min(_TALLEST, _FRAME + _ROW * len(final)),
-        layers=_layer_table(history),
-        colors=depth_colors(len(final)),
-        facts=_fact_list(history.facts),
+@cache
+def _source(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _sentence(text: str) -> Markup:
+    """The names in a sentence, which stand in backticks, set apart: their letters may run from right to left."""
+    parts = re.split("`([^`]+)`", text)
+    return Markup("").join(
+        Markup("<code><bdi>{}</bdi></code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts)
     )
 
 
-def _headline(history: RotationHistory) -> str:
-    if not history.layer_names:
-        return "This run has no layers to show."
-    layers = _count(len(history.layer_names), "layer")
-    if not history.steps:
-        return f"This run has {layers} and no readings yet."
-    steps = _count(history.steps[-1], "optimizer step")
-    final = _defined(history)
-    if not final:
-        return f"After {steps} none of the {layers} has a defined rotation."
-    low, high = min(final, key=final.__getitem__), max(final, key=final.__getitem__)
-    if len(final) == 1:
-        return f"After {steps}: {layers}, rotation {_measure(final[low])} ({low})."
-    return f"After {steps}: {layers}, rotation from {_measure(final[low])} ({low}) to {_measure(final[high])} ({high})."
+def _drawings(histories: Mapping[str, RotationHistory], runs: Sequence[_Run]) -> dict[str, Drawing]:
+    """The charts of all runs by their names in the page."""
+    points = max(_FEWEST_POINTS, _POINTS // len(runs))
+    drawings = {}
+    for i, (history, run) in enumerate(zip(histories.values(), runs, strict=True)):
+        for view in run.views:
+            drawings[f"{view}-{i}"] = draw_curves(history, view, points)
+        if run.drawn:
+            drawings[f"final_rotation-{i}"] = draw_final_rotation(history)
+            drawings[f"heatmap-{i}"] = draw_heatmap(history, points=points)
+    if len(runs) > 1:
+        _same_range(drawings, histories.values())
+    return drawings
 
 
-def _warning(history: RotationHistory) -> str:
-    last = next((row["rotation"] for row in reversed(history.state_dict()["rows"]) if "rotation" in row), ())
-    undefined = [name for name, value in zip(history.layer_names, last, strict=False) if not math.isfinite(value)]
-    if not undefined or not _defined(history):
-        return ""
-    shown = ", ".join(undefined[:3]) + (", …" if len(undefined) > 3 else "")
-    verb = "has" if len(undefined) == 1 else "have"
-    layers = _count(len(undefined), "layer")
-    return f"{layers} {verb} no defined rotation at the last reading: {shown}. Shown is the last defined value, if any."
+def _run(name: str, history: RotationHistory) -> _Run:
+    told = captions(history)
+    return _Run(
+        name=name,
+        headline=headline(history),
+        notes=notes(history),
+        findings=finding_lines(history),
+        views={key: label for key, label in _VIEWS.items() if key in told} if "rotation" in told else {},
+        captions=told,
+        height=min(_TALLEST, _FRAME + _ROW * len(history.layer_names)),
+        layers=_layer_table(history),
+        colors=depth_colors(len(history.layer_names)),
+        facts=_fact_list(history),
+    )
+
+
+def _common_origin(histories: Iterable[RotationHistory]) -> str:
+    origins = {origin(history.facts) for history in histories}
+    return origins.pop() if len(origins) == 1 else "the weights that each run is measured from"
 
 
 def _layer_table(history: RotationHistory) -> _Table:
@@ -172,63 +212,75 @@ def _layer_table(history: RotationHistory) -> _Table:
         [str(depth), name, shape_text(shape), *(_measure(values[name]) for values in columns.values())]
         for depth, (name, shape) in enumerate(zip(history.layer_names, history.layer_shapes, strict=True))
     ]
-    return _Table(["depth", "layer", "shape", *columns], rows, [False] * 3 + [True] * len(columns))
+    return _Table(["depth", "layer", "shape", *columns], rows, ["depth", "text", "size"] + ["number"] * len(columns))
 
 
 def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
     """One row a run: its recipe, its final rotation, its metrics, then whatever else the runs differ in."""
-    facts = [_plain_facts(history.facts) for history in histories.values()]
+    facts = [_plain_facts(history) for history in histories.values()]
     metrics = [_metrics(history.facts) for history in histories.values()]
+    aggregates = [_aggregates(history) for history in histories.values()]
     recipe = [key for key in _COMPARED if any(key in own for own in facts)]
     varied = [key for key in _union(facts) if any(own.get(key) != facts[0].get(key) for own in facts)]
     others = [key for key in varied if key not in recipe]
     scores = _union(metrics)
     rows = [
-        [name, *_cells(own, recipe), *_aggregates(history), *_cells(own_metrics, scores), *_cells(own, others)]
-        for (name, history), own, own_metrics in zip(histories.items(), facts, metrics, strict=True)
+        [name, *_cells(own, recipe), *numbers.values(), *_cells(own_metrics, scores), *_cells(own, others)]
+        for name, own, numbers, own_metrics in zip(histories, facts, aggregates, metrics, strict=True)
     ]
-    numeric = [
-        False,
-        *(_all_numbers(facts, key) for key in recipe),
-        *(True for _ in _AGGREGATES),
-        *(_all_numbers(metrics, key) for key in scores),
-        *(_all_numbers(facts, key) for key in others),
+    kinds = [
+        "text",
+        *(_kind(facts, key) for key in recipe),
+        *("number" for _ in aggregates[0]),
+        *(_kind(metrics, key) for key in scores),
+        *(_kind(facts, key) for key in others),
     ]
-    return _Table(["run", *map(_label, recipe), *_AGGREGATES, *scores, *map(_label, others)], rows, numeric)
+    return _Table(["run", *map(_label, recipe), *aggregates[0], *scores, *map(_label, others)], rows, kinds)
 
 
 def _cells(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     return [_fact(values.get(key)) for key in keys]
 
 
-def _all_numbers(mappings: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return all(isinstance(mapping.get(key, 0), (int, float)) for mapping in mappings)
+def _kind(mappings: Sequence[Mapping[str, Any]], key: str) -> str:
+    return "number" if all(isinstance(mapping.get(key, 0), (int, float)) for mapping in mappings) else "text"
 
 
-def _aggregates(history: RotationHistory) -> list[str]:
-    final = list(_defined(history).values())
-    if not final:
-        return [_MISSING] * len(_AGGREGATES)
-    return [_measure(value) for value in (math.fsum(final) / len(final), min(final), max(final))]
+def _aggregates(history: RotationHistory) -> dict[str, str]:
+    final = list(defined(history).values())
+    mean, low, high = (math.fsum(final) / len(final), min(final), max(final)) if final else (math.nan,) * 3
+    turned = straightness(history)
+    return {
+        "mean rotation": _measure(mean),
+        "min": _measure(low),
+        "max": _measure(high),
+        "straightness": _MISSING if turned is None else _measure(turned),
+    }
 
 
-def _same_range(drawings: Mapping[str, go.Figure], histories: Iterable[RotationHistory]) -> None:
+def _same_range(drawings: Mapping[str, Drawing], histories: Iterable[RotationHistory]) -> None:
     """Give the figures of all runs one range of rotation, so that equal heights and colours mean equal values."""
     rows = [row for history in histories for row in history.state_dict()["rows"]]
     values = [value for row in rows for value in row.get("rotation", ())]
     highest = max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
-    for key, figure in drawings.items():
-        if key.startswith("rotation"):
-            figure.update_yaxes(range=[0, 1.04 * highest])
-        elif key.startswith("final_rotation"):
-            figure.update_xaxes(range=[0, 1.04 * highest])
-        else:
-            figure.update_layout(coloraxis={"cmin": 0, "cmax": highest})
+    for key, drawing in drawings.items():
+        layout, kind = drawing["layout"], key.rpartition("-")[0]
+        if kind == "rotation":
+            layout["yaxis"]["range"] = [0, 1.04 * highest]
+        elif kind == "final_rotation":
+            layout["xaxis"]["range"] = [0, 1.04 * highest]
+        elif kind == "heatmap":
+            layout["coloraxis"] |= {"cmin": 0, "cmax": highest}
 
 
-def _fact_list(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    plain = [(_label(key), _fact(value)) for key, value in _plain_facts(facts).items()]
-    return plain + [(key, _fact(value)) for key, value in _metrics(facts).items()]
+def _fact_list(history: RotationHistory) -> list[tuple[str, str]]:
+    facts = _plain_facts(history)
+    first = [key for key in _FIRST if key in facts]
+    shown = [*first, *(key for key in facts if key not in first)]
+    return [
+        *((_label(key), _fact(facts[key])) for key in shown),
+        *((key, _fact(value)) for key, value in _metrics(history.facts).items()),
+    ]
 
 
 def _metrics(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,28 +288,21 @@ def _metrics(facts: Mapping[str, Any]) -> dict[str, Any]:
     return dict(metrics) if isinstance(metrics, Mapping) else {}
 
 
-def _plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+def _plain_facts(history: RotationHistory) -> dict[str, Any]:
+    facts = {
         key: value
-        for key, value in facts.items()
-        if key not in _FOR_FINDINGS and not (key == "metrics" and isinstance(value, Mapping))
+        for key, value in history.facts.items()
+        if key not in _NOT_SHOWN and not (key == "metrics" and isinstance(value, Mapping))
     }
+    return {"steps": history.steps[-1], **facts} if history.steps else facts
 
 
 def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
-def _defined(history: RotationHistory) -> dict[str, float]:
-    return {name: value for name, value in history.final("rotation").items() if math.isfinite(value)}
-
-
 def _label(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    return _LABELS.get(key, key.replace("_", " "))
 
 
 def _measure(value: float) -> str:

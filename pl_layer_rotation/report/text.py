@@ -1,7 +1,8 @@
 """Numbers and shapes as a reader sees them, the same in table, page and figures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _SHOWN = 3  # layers that a sentence names
 _NAME = 60  # characters of a name in a sentence
@@ -12,13 +13,15 @@ def three_digits(value: float, missing: str = "-") -> str:
 
     Example::
 
-        >>> three_digits(0.5), three_digits(12345.6), three_digits(float("nan"))
-        ('0.500', '12,346', '-')
+        >>> three_digits(0.5), three_digits(12345.6), three_digits(7.4e33), three_digits(0), three_digits(float("nan"))
+        ('0.500', '12,346', '7.40e+33', '0', '-')
 
     """
     if not math.isfinite(value):
         return missing
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.3g}".rstrip(".")
 
 
 def shape_text(shape: Sequence[int], missing: str = "unknown") -> str:
@@ -71,6 +74,19 @@ def listed(names: Sequence[str]) -> str:
     if len(names) > _SHOWN:
         return f"{', '.join(shown)} and {len(names) - _SHOWN} more"
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def origin(facts: Mapping[str, Any]) -> str:
+    """What rotation is measured from, to stand behind "from": the initialization unless the run says otherwise.
+
+    Example::
+
+        >>> origin({}), origin({"reference": "pretrained.ckpt"})
+        ('initialization', 'the reference weights (pretrained.ckpt)')
+
+    """
+    reference = facts.get("reference", "init")
+    return "initialization" if reference in ("init", None) else f"the reference weights ({reference})"
 
 
 def _on_one_line(name: str) -> str:

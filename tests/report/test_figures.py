@@ -66,7 +66,7 @@ def test_axes_say_what_they_show(quantity: str, title: str, rangemode: str) -> N
 
 @pytest.mark.parametrize("draw", [curves, heatmap])
 def test_unknown_quantity_is_refused(draw: object) -> None:
-    known = r"\['rotation', 'angular_update', 'norm_ratio'\]"
+    known = r"\['rotation', 'angular_update', 'norm_ratio', 'straightness'\]"
     match = rf"`quantity` must be one of {known}, got 'speed'\. Pass one that was recorded\."
     with pytest.raises(ValueError, match=match):
         draw(history_of([0.1]), "speed")  # type: ignore[operator]
