@@ -45,12 +45,12 @@ class Output:
 
     Args:
         log_quantities: quantities of each layer that loggers get.
-        report: whether there is a table and a page at the end.
+        report: whether there is a table and a page at the end; ``"wandb"`` sends the page to W&B too.
         attempt: what guards the training.
 
     """
 
-    def __init__(self, log_quantities: Sequence[str], report: bool, attempt: Attempts) -> None:
+    def __init__(self, log_quantities: Sequence[str], report: bool | str, attempt: Attempts) -> None:
         self.log_quantities = tuple(log_quantities)
         self.report = report
         self.attempt = attempt
@@ -75,6 +75,7 @@ class Output:
                 self.attempt(f"logging to {type(logger).__name__}", logger.log_metrics, metrics, step - 1)
             if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
                 self.attempt("writing the history", self._save, trainer, history)
+            self.attempt("the charts for W&B", self._send_due_charts, trainer, history)
 
     def publish(self, trainer: "pl.Trainer", reading: Reading, diverged: bool) -> dict[str, float]:
         """Aggregates over the layers, also into ``callback_metrics``; NaN there once weights are not finite."""
@@ -101,6 +102,7 @@ class Output:
         if self.report:
             self.attempt("printing the table", self._print_report, trainer, history)
         self.attempt("the charts for W&B", self._send_charts, trainer, history)
+        self.attempt("the results for W&B", self._send_results, trainer, history)
 
     def _save(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Keep the file up to date while training goes on: a run that is killed leaves its curves."""
@@ -126,6 +128,8 @@ class Output:
         folder = log_folder(trainer)
         self.attempt("writing the history", history.save, folder / "layer_rotation.jsonl")
         self.attempt("writing the page", self._write_page, history, folder / "layer_rotation.html")
+        if self.report == "wandb":
+            self.attempt("the page for W&B", self._send_page, trainer, history, folder / "layer_rotation.html")
 
     def _write_page(self, history: RotationHistory, path: Path) -> None:
         from pl_layer_rotation.report.page import write_page
@@ -142,11 +146,29 @@ class Output:
         for logger in wandb_loggers(trainer):
             prepare_run(logger.experiment, history, keys, prefix=logger._prefix)
 
+    def _send_due_charts(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
+        from pl_layer_rotation.report.wandb_sink import charts_due
+
+        if charts_due(history):
+            self._send_charts(trainer, history)
+
     def _send_charts(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
-        from pl_layer_rotation.report.wandb_sink import log_charts, viewing_hint
+        from pl_layer_rotation.report.wandb_sink import log_charts
 
         for logger in wandb_loggers(trainer):
             log_charts(logger.experiment, history, history.steps[-1] - 1, prefix=logger._prefix)
+
+    def _send_page(self, trainer: "pl.Trainer", history: RotationHistory, path: Path) -> None:
+        from pl_layer_rotation.report.wandb_sink import log_page
+
+        for logger in wandb_loggers(trainer):
+            log_page(logger.experiment, path, history.steps[-1] - 1, prefix=logger._prefix)
+
+    def _send_results(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
+        from pl_layer_rotation.report.wandb_sink import log_results, viewing_hint
+
+        for logger in wandb_loggers(trainer):
+            log_results(logger.experiment, history, prefix=logger._prefix)
             hint = viewing_hint(logger.experiment)
             if hint and self.report:
                 print(hint)

@@ -1,6 +1,7 @@
 """A monitored training with a WandbLogger, its offline run read back from disk."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,20 @@ def test_aggregates_are_series_and_the_last_one_is_the_summary(recorded: Any) ->
     assert len(run.series(f"{prefix}layer_angular_update_stats/mean")) == 8
 
 
-def test_charts_and_the_list_of_layers_are_there(recorded: Any) -> None:
-    _, run, prefix = recorded
+def test_charts_are_sent_while_training_goes_on_and_at_its_end(recorded: Any) -> None:
+    history, run, prefix = recorded
     for chart in ("rotation", "final_rotation", "heatmap"):
-        (figure,) = run.media(f"{prefix}layer_rotation_charts/{chart}")
-        assert figure.stat().st_size > 500
+        # Of 16 steps read in pairs: after a tenth, a quarter, a half, three quarters, and the last.
+        assert [step for step, _ in run.series(f"{prefix}layer_rotation_charts/{chart}")] == [1, 3, 7, 11, 15]
+    last = json.loads(run.media(f"{prefix}layer_rotation_charts/rotation")[-1].read_text(encoding="utf-8"))
+    drawn = [float(f"{value:.4g}") for value in history.values("rotation")[:, 0].tolist()]
+    assert [float(f"{value:.4g}") for value in last["data"][0]["y"]] == drawn
+
+
+def test_config_lists_the_layers_and_says_how_the_run_is_trained(recorded: Any) -> None:
+    _, run, prefix = recorded
+    facts = {key: run.config["layer_rotation"][key] for key in ("optimizer", "learning_rate", "total_steps")}
+    assert facts == {"optimizer": "SGD", "learning_rate": 0.1, "total_steps": 16}
     layers = run.config["layer_rotation"]["layers"]
     assert [(entry["name"], entry["shape"]) for entry in layers] == [("body.0", [6, 7]), ("head", [3, 6])]
     assert [entry["key"] for entry in layers] == [prefix + key for key in KEYS.values()]
