@@ -60,6 +60,7 @@ class WandbServer:
         self.runs: dict[str, ServedRun] = {}
         self.views: dict[str, dict[str, Any]] = {}
         self.sweeps: list[dict[str, Any]] = []
+        self.artifacts: list[str] = []  # their names; contents are not asked for
         self.jobs: list[dict[str, Any]] = []  # for the agent of a sweep, in the order in which it gets them
         self.projects: set[str] | None = None  # None: every project exists
         self.unanswered: list[str] = []
@@ -146,6 +147,12 @@ class WandbServer:
         files = [{"name": file, "uploadUrl": f"{self.url}/put/{sent['run']}/{quote(file)}"} for file in sent["files"]]
         return {"createRunFiles": {"runID": _id(sent["run"]), "uploadHeaders": [], "files": files}}
 
+    def _on_CreateArtifact(self, sent: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append(sent["input"]["artifactCollectionName"])
+        sequence = {"id": "S", "name": "s", "latestArtifact": None}
+        artifact = {"id": f"artifact-{len(self.artifacts)}", "state": "COMMITTED", "currentManifest": None}
+        return {"createArtifact": {"artifact": {**artifact, "artifactSequence": sequence}}}
+
     def _on_View(self, sent: dict[str, Any]) -> dict[str, Any]:
         if self.projects is not None and sent["name"] not in self.projects:
             return {"project": None}
@@ -185,6 +192,7 @@ def wandb_server(patch: pytest.MonkeyPatch, folder: Any) -> Iterator[WandbServer
     try:
         yield server
     finally:
+        wandb.finish()  # a test that failed has left its run open
         wandb.teardown()
         server.stop()
 
