@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import wandb
-from nets import Net, batches
+from nets import Net, batches, trainer
 from offline_runs import OfflineRun, read_offline_run
+from pytorch_lightning.loggers import WandbLogger
+from torch import nn
 
 from pl_layer_rotation import LayerRotationMonitor, RotationHistory
 
@@ -84,3 +86,29 @@ def test_config_lists_the_layers_and_says_how_the_run_is_trained(recorded: Any) 
     layers = run.config["layer_rotation"]["layers"]
     assert [(entry["name"], entry["shape"]) for entry in layers] == [("body.0", [6, 7]), ("head", [3, 6])]
     assert [entry["key"] for entry in layers] == [prefix + key for key in KEYS.values()]
+
+
+class Deep(Net):
+    """So many layers, of which two are used."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.others = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(layers - 2))
+
+
+@pytest.mark.parametrize(("layers", "logged"), [(1000, 1000), (1001, 0)])
+def test_a_thousand_layers_open_no_panel_of_their_own(tmp_path: Path, layers: int, logged: int) -> None:
+    logger = WandbLogger(project="test", save_dir=tmp_path, mode="offline")
+    monitor = LayerRotationMonitor(every_n_steps=8, report=False)
+    trainer(monitor, logger=logger).fit(Deep(layers), batches())
+    wandb.finish()
+    run = read_offline_run(logger.experiment.dir)
+    single = [key for key in run.metrics if key.startswith("layer_rotation/")]
+    rows = [row for row in run.rows if "layer_rotation_stats/mean" in row]
+    assert len(single) == logged
+    assert all(run.metrics[key].options.hidden for key in single)
+    assert [len([key for key in row if key.startswith("layer_rotation/")]) for row in rows] == [logged]
+    assert run.config["layer_rotation"]["n_layers"] == layers
+    assert (
+        len(json.loads(run.media("layer_rotation_charts/rotation")[-1].read_text(encoding="utf-8"))["data"]) == layers
+    )

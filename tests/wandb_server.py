@@ -180,8 +180,11 @@ class WandbServer:
 @contextmanager
 def wandb_server(patch: pytest.MonkeyPatch, folder: Any) -> Iterator[WandbServer]:
     """A running server that wandb in this process, and in processes that it starts, takes for W&B."""
+    try:
+        server = WandbServer()
+    except OSError as error:
+        pytest.skip(f"no server can be started on 127.0.0.1: {error}")
     wandb.teardown()  # its service process keeps the settings of whoever started it
-    server = WandbServer()
     settings = {
         **{"BASE_URL": server.url, "API_KEY": "0" * 40, "MODE": "online", "ENTITY": ENTITY},
         **{f"{name}_DIR": str(folder) for name in ("CONFIG", "CACHE", "DATA")},

@@ -123,7 +123,7 @@ def charts_due(history: RotationHistory) -> bool:
     total = history.facts.get("total_steps")
     if not total:
         return len(history) in _DRAWN_AFTER
-    before, now = [0, *history.steps][-2:]
+    before, now = history.steps[-2] if len(history) > 1 else 0, history.steps[-1]
     return now < total and any(before < share * total <= now for share in _DRAWN_AT)
 
 
