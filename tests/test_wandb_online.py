@@ -68,7 +68,7 @@ def assert_same_end(run: ServedRun, history: RotationHistory, prefix: str = "") 
 
 
 def test_online_run_is_the_history(server: WandbServer, tmp_path: Path) -> None:
-    monitor = LayerRotationMonitor(every_n_steps=2, log_quantities=QUANTITIES, report="wandb")  # type: ignore[arg-type]
+    monitor = LayerRotationMonitor(every_n_steps=2, log_quantities=QUANTITIES, report="wandb")
     fit(WandbLogger(project="digits", id="run", save_dir=tmp_path), monitor)
     run = server.runs["run"]
     assert_same_curves(run, monitor.history)
@@ -178,8 +178,9 @@ def test_hostile_names_are_data(server: WandbServer, tmp_path: Path) -> None:
     run = server.runs["run"]
     assert monitor.history.layer_names == ["body.0", "head", *HOSTILE]
     assert [layer["name"] for layer in run.config["layer_rotation"]["value"]["layers"]] == monitor.history.layer_names
+    assert run.display_name == name
     assert_same_curves(run, monitor.history)
     keys = {key for row in run.rows for key in row if key.startswith("layer_")}
     assert all(re.fullmatch("[a-z_]+/[0-9A-Za-z_]+", key) for key in keys)
-    drawn = b"".join(content for chart in CHARTS for content in run.media(f"layer_rotation_charts/{chart}"))
-    assert not re.search(rb"<(?!/?b>|br>|extra>|/extra>)", drawn)
+    charts = [json.loads(content) for chart in CHARTS for content in run.media(f"layer_rotation_charts/{chart}")]
+    assert not re.search("<(?!/?b>|br>|extra>|/extra>)", json.dumps(charts, ensure_ascii=False))

@@ -33,6 +33,7 @@ class ServedRun:
 
     name: str
     project: str
+    display_name: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -121,10 +122,11 @@ class WandbServer:
         name = sent.get("name") or next(n for n in self.runs if _id(n) == sent["id"])
         new = name not in self.runs
         run = self.runs.setdefault(name, ServedRun(name, sent.get("project") or "uncategorized"))
+        run.display_name = sent.get("displayName") or run.display_name or name
         if sent.get("config"):
             run.config.update(json.loads(sent["config"]))
         bucket = {
-            **{"id": _id(name), "name": name, "displayName": sent.get("displayName") or name, "description": ""},
+            **{"id": _id(name), "name": name, "displayName": run.display_name, "description": ""},
             **{"config": json.dumps(run.config), "sweepName": sent.get("sweep"), "historyLineCount": len(run.rows)},
             "project": {"id": "P", "name": run.project, "entity": _ENTITY},
         }
@@ -135,7 +137,7 @@ class WandbServer:
         if run:
             telemetry = {"t": run.config.get("_wandb", {}).get("value", {}).get("t")}  # there once a run has started
             bucket = {
-                **{"id": _id(run.name), "name": run.name, "displayName": run.name, "notes": "", "tags": []},
+                **{"id": _id(run.name), "name": run.name, "displayName": run.display_name, "notes": "", "tags": []},
                 **{"config": json.dumps(run.config), "summaryMetrics": json.dumps(run.summary)},
                 **{"wandbConfig": json.dumps(telemetry)},
                 **{"historyLineCount": len(run.rows), "logLineCount": 0, "eventsLineCount": 0, "sweepName": None},
