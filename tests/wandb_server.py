@@ -64,7 +64,6 @@ class WandbServer:
         self.artifacts: list[str] = []  # their names; contents are not asked for
         self.jobs: list[dict[str, Any]] = []  # for the agent of a sweep, in the order in which it gets them
         self.projects: set[str] | None = None  # None: every project exists
-        self.unanswered: list[str] = []
         self._lock = threading.Lock()
         self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of_wandb": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -82,7 +81,6 @@ class WandbServer:
         reply = getattr(self, f"_on_{operation}", None)
         with self._lock:
             if reply is None:
-                self.unanswered.append(operation)
                 return {"data": None, "errors": [{"message": f"no answer to {operation}"}]}
             return {"data": reply(variables)}
 

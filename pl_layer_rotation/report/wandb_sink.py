@@ -209,6 +209,11 @@ def log_page(run: "Run", path: str | os.PathLike[str], step: int, prefix: str = 
     Raises:
         FileNotFoundError: If there is no such page.
 
+    Example::
+
+        >>> import wandb
+        >>> log_page(wandb.init(mode="disabled"), "layer_rotation.html", step=10)
+
     """
     if not _records(run):
         return

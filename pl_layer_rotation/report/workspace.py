@@ -6,6 +6,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+from pl_layer_rotation.report.findings import STRAIGHT
 from pl_layer_rotation.report.wandb_sink import chart_keys, logged_key
 
 NAME = "Layer rotation"
@@ -83,6 +84,11 @@ def save_workspace(entity: str, project: str, metric: str = "val_loss", prefix: 
             is not logged in to W&B.
         ModuleNotFoundError: If wandb-workspaces is not installed.
 
+    Example::
+
+        >>> save_workspace("my-team", "digits", metric="val_acc")  # doctest: +SKIP
+        'https://wandb.ai/my-team/digits?nw=layerrotation'
+
     """
     new = _new_workspace(entity, project, metric, prefix)
     from wandb.errors import UsageError
@@ -130,7 +136,7 @@ def _new_workspace(entity: str, project: str, metric: str, prefix: str) -> Any:
             range_y=(0, None),
         ),
         wr.LinePlot(
-            title="Straightness: above 1.7 the learning rate is too low",
+            title=f"Straightness: above {STRAIGHT} the learning rate is too low",
             x=_STEP,
             y=[straightness],
             title_x="optimizer steps",
