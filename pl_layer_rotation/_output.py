@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,24 @@ class Output:
 
     Args:
         log_quantities: quantities of each layer that loggers get.
-        report: whether there is a table and a page at the end.
+        report: whether there is a table and a page at the end; ``"wandb"`` sends the page to W&B too.
         attempt: what guards the training.
 
     """
 
-    def __init__(self, log_quantities: Sequence[str], report: bool, attempt: Attempts) -> None:
+    def __init__(self, log_quantities: Sequence[str], report: bool | str, attempt: Attempts) -> None:
         self.log_quantities = tuple(log_quantities)
         self.report = report
         self.attempt = attempt
         self._saved: tuple[Path, int, list[str]] | None = None  # file, thinning and layers of what it holds
         self._saved_step = -1
         self._next_page = 0.0  # time before which the page is not renewed
+        self._last = 0  # step of the last reading
 
     def prepare(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Start a file of its own for this fit, and tell W&B which metrics will come."""
         self._saved, self._next_page = None, time.monotonic() + _FIRST_PAGE
+        self._last = history.steps[-1] if len(history) else 0
         self.attempt("the preparation of W&B", self._prepare_wandb, trainer, history)
 
     def log(self, trainer: "pl.Trainer", history: RotationHistory, step: int, reading: Reading, diverged: bool) -> None:
@@ -72,7 +75,7 @@ class Output:
         metrics = self.publish(trainer, reading, diverged)
         if len(history.layer_names) <= _MOST_LOGGED_LAYERS:
             for quantity in self.log_quantities:
-                keys = log_keys(history.layer_names, quantity)
+                keys = _keys(tuple(history.layer_names), quantity)
                 values = zip(keys, reading.get(quantity, ()), strict=False)
                 metrics.update((key, value) for key, value in values if not math.isnan(value))
         if trainer.is_global_zero:
@@ -81,6 +84,8 @@ class Output:
                 self.attempt(f"logging to {type(logger).__name__}", logger.log_metrics, metrics, step - 1)
             if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
                 self.attempt("writing the history", self._save, trainer, history)
+            self.attempt("the charts for W&B", self._send_due_charts, trainer, history, self._last)
+        self._last = step
 
     def publish(self, trainer: "pl.Trainer", reading: Reading, diverged: bool) -> dict[str, float]:
         """Aggregates over the layers, also into ``callback_metrics``; NaN there once weights are not finite."""
@@ -116,6 +121,7 @@ class Output:
         if self.report:
             self.attempt("printing the table", self._print_report, trainer, history)
         self.attempt("the charts for W&B", self._send_charts, trainer, history)
+        self.attempt("the results for W&B", self._send_results, trainer, history)
 
     def _save(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
         """Keep the file up to date while training goes on: a run that is killed leaves its curves."""
@@ -144,6 +150,8 @@ class Output:
         self.attempt("writing the page", self._write_page, history, folder / _PAGE)
         if (folder / _PAGE).is_file():
             print(f"Layer rotation: {folder / _PAGE}")
+        if self.report == "wandb":
+            self.attempt("the page for W&B", self._send_page, trainer, history, folder / _PAGE)
 
     def _write_page(self, history: RotationHistory, path: Path) -> None:
         from pl_layer_rotation.report.page import write_page
@@ -159,11 +167,35 @@ class Output:
         for logger in wandb_loggers(trainer):
             prepare_run(logger.experiment, history, keys, prefix=logger._prefix)
 
+    def _send_due_charts(self, trainer: "pl.Trainer", history: RotationHistory, before: int) -> None:
+        from pl_layer_rotation.report.wandb_sink import charts_due
+
+        if charts_due(history, before):
+            self._send_charts(trainer, history)
+
     def _send_charts(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
-        from pl_layer_rotation.report.wandb_sink import log_charts, viewing_hint
+        from pl_layer_rotation.report.wandb_sink import log_charts
 
         for logger in wandb_loggers(trainer):
             log_charts(logger.experiment, history, history.steps[-1] - 1, prefix=logger._prefix)
+
+    def _send_page(self, trainer: "pl.Trainer", history: RotationHistory, path: Path) -> None:
+        from pl_layer_rotation.report.wandb_sink import log_page
+
+        for logger in wandb_loggers(trainer):
+            log_page(logger.experiment, path, history.steps[-1] - 1, prefix=logger._prefix)
+
+    def _send_results(self, trainer: "pl.Trainer", history: RotationHistory) -> None:
+        from pl_layer_rotation.report.wandb_sink import log_results, viewing_hint
+
+        for logger in wandb_loggers(trainer):
+            log_results(logger.experiment, history, prefix=logger._prefix)
             hint = viewing_hint(logger.experiment)
             if hint and self.report:
                 print(hint)
+
+
+@lru_cache(maxsize=8)
+def _keys(layer_names: tuple[str, ...], quantity: str) -> list[str]:
+    """Kept: making them was a quarter of the time that logging a thousand layers takes."""
+    return log_keys(layer_names, quantity)

@@ -14,12 +14,13 @@ class Thinning:
 
     Attributes:
         every: of so many readings one is kept.
+        readings: those that were counted in all.
 
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.every = most, 1
-        self._next = 0
+        self.readings = 0
         self._numbers: list[int] = []  # of the readings that are kept
 
     def append(self) -> list[int] | None:
@@ -32,8 +33,8 @@ class Thinning:
         rows = list(range(len(self._numbers) + 1))
         if self._numbers and self._numbers[-1] % self.every:
             del rows[-2]  # it was kept for being the last
-        self._numbers = [*self._numbers, self._next]
-        self._next += 1
+        self._numbers = [*self._numbers, self.readings]
+        self.readings += 1
         while len(rows) > self.most:
             self.every *= 2
             rows = [row for row in rows if self._numbers[row] % self.every == 0 or row == rows[-1]]
@@ -45,16 +46,16 @@ class Thinning:
     def cut(self, rows: int) -> None:
         """Forget all but the first rows."""
         if rows < len(self._numbers):
-            self._next = self._numbers[rows]
+            self.readings = self._numbers[rows]
             del self._numbers[rows:]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        return {"most": self.most, "every": self.every, "next": self._next, "numbers": list(self._numbers)}
+        return {"most": self.most, "every": self.every, "next": self.readings, "numbers": list(self._numbers)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Thinning":
         """The state that :meth:`state_dict` described."""
         thinning = cls(state["most"])
-        thinning.every, thinning._next, thinning._numbers = state["every"], state["next"], list(state["numbers"])
+        thinning.every, thinning.readings, thinning._numbers = state["every"], state["next"], list(state["numbers"])
         return thinning

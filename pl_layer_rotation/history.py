@@ -159,6 +159,11 @@ class RotationHistory:
             self._keep(self._thinning.append())
 
     @property
+    def readings(self) -> int:
+        """Readings that were added in all, also those that were thinned out."""
+        return len(self) if self._thinning is None else self._thinning.readings
+
+    @property
     def thinned_to(self) -> int:
         """Of so many readings one is kept, see :meth:`keep_at_most`."""
         return 1 if self._thinning is None else self._thinning.every

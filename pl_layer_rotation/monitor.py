@@ -116,7 +116,7 @@ class LayerRotationMonitor(CallbackBase):
             copied: True, False, or ``"auto"``, where the copy takes no more than 1 GB in any process.
         report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
             logs: the file grows with every reading, the page is renewed after epochs and when training ends, also by
-            an exception.
+            an exception. ``"wandb"`` puts the page into the run of a ``WandbLogger`` too.
 
     Raises:
         MisconfigurationException: If an argument is out of range; at the start of training, if a pattern matches
@@ -136,7 +136,7 @@ class LayerRotationMonitor(CallbackBase):
         every_n_steps: int | None = None,
         log_quantities: list[str] | tuple[str, ...] = ("rotation",),
         save_reference: bool = True,
-        report: bool = True,
+        report: bool | Literal["wandb"] = True,
         reference: str | os.PathLike[str] | Mapping[str, Any] = "init",
         reference_device: Literal["same", "cpu"] = "same",
         reference_dtype: str | torch.dtype | None = None,
@@ -148,6 +148,10 @@ class LayerRotationMonitor(CallbackBase):
             raise MisconfigurationException(
                 f"`reference_device` must be 'same' or 'cpu', got {reference_device!r}. "
                 "'cpu' keeps the weights to measure from off the accelerator."
+            )
+        if report not in (True, False, "wandb"):
+            raise MisconfigurationException(
+                f"`report` must be True, False or 'wandb', got {report!r}. 'wandb' puts the page into the W&B run too."
             )
         if angular_update not in (True, False, "auto"):
             raise MisconfigurationException(

@@ -14,7 +14,17 @@ from wandb.cli.cli import cli
 from wandb.sdk.wandb_run import Run
 
 from pl_layer_rotation.history import RotationHistory, log_keys
-from pl_layer_rotation.report.wandb_sink import log_charts, prepare_run, run_config, viewing_hint
+from pl_layer_rotation.report.figures import figures
+from pl_layer_rotation.report.wandb_sink import (
+    chart_keys,
+    charts_due,
+    log_charts,
+    log_page,
+    log_results,
+    prepare_run,
+    run_config,
+    viewing_hint,
+)
 
 STEP = "trainer/global_step"
 STATS = "layer_rotation_stats/mean"
@@ -74,6 +84,14 @@ def test_config_of_a_very_deep_model_is_small_and_keeps_both_ends(layers: int) -
     assert len(json.dumps(config)) < 200_000
 
 
+def test_config_holds_the_facts_that_runs_differ_in_and_no_list_of_layers_more() -> None:
+    facts = {"optimizer": "SGD", "learning_rate": 0.1, "total_steps": None, "followed_by_norm": ["fc"], "devices": 2}
+    config = run_config(RotationHistory(["fc"], facts=facts))["layer_rotation"]
+    assert {key: value for key, value in config.items() if key != "layers"} == {
+        **{"n_layers": 1, "optimizer": "SGD", "learning_rate": 0.1, "devices": 2}
+    }
+
+
 def test_layer_list_of_a_continued_run_is_replaced(tmp_path: Path) -> None:
     with start_run(tmp_path) as run:
         prepare_run(run, RotationHistory(["old", "fc"]), [])
@@ -121,12 +139,69 @@ def test_charts_hold_every_layer(stored: OfflineRun) -> None:
     assert bars[0]["x"] == [0, 0.02, 0.04, 0.03]
 
 
-def test_findings_are_text_in_the_summary(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("total", "every", "sent_after"),
+    [
+        (1000, 10, [100, 250, 500, 750]),
+        (1000, 1, [100, 250, 500, 750]),
+        (1000, 300, [300, 600, 900]),
+        (100, 100, []),
+        (None, 5, [50, 500, 5000]),
+    ],
+)
+def test_charts_are_due_four_times_in_a_run_at_most(total: int | None, every: int, sent_after: list[int]) -> None:
+    history, sent = RotationHistory(["fc"], facts={"total_steps": total}), []
+    for step in range(every, (total or 5000) + 1, every):
+        history.append(step, rotation=[0.5])
+        if charts_due(history, history.steps[-2] if len(history) > 1 else 0):
+            sent.append(step)
+    assert sent == sent_after
+
+
+def test_the_charts_are_those_that_the_page_shows() -> None:
+    assert [key.partition("/")[2] for key in chart_keys("p")] == list(figures(RotationHistory(["fc"])))
+
+
+def test_results_are_in_the_summary(tmp_path: Path) -> None:
     history = RotationHistory(HOSTILE)
-    history.append(10, rotation=[0.1, 0.0, 0.1, 0.1], norm_ratio=[1.0] * 4)
+    history.append(10, rotation=[0.1, 0.0, 0.4, float("nan")], norm_ratio=[1.0] * 4, straightness=[2.0, 1.0, 1.5, 3.0])
     with start_run(tmp_path) as run:
-        log_charts(run, history, step=10, prefix="p")
-    assert read_offline_run(run.dir).summary["p-layer_rotation_findings"] == history.findings()[0].sentence
+        log_results(run, history, prefix="p")
+    summary = read_offline_run(run.dir).summary
+    assert summary["p-layer_rotation_findings"].splitlines() == [str(finding) for finding in history.findings()]
+    assert summary["p-layer_rotation_finding_codes"] == "A"
+    statistics = [summary[f"p-layer_rotation_stats/{name}"] for name in ("mean", "min", "max")]
+    assert statistics == pytest.approx([0.5 / 3, 0.0, 0.4], rel=1e-12)
+    assert summary["p-layer_straightness_stats/median"] == 1.5  # the lower of two, as in the curve
+
+
+def test_results_without_finding_or_straightness(tmp_path: Path) -> None:
+    history = RotationHistory(["conv", "fc"])
+    history.append(10, rotation=[0.1, 0.2])
+    with start_run(tmp_path) as run:
+        log_results(run, history)
+    summary = read_offline_run(run.dir).summary
+    assert summary["layer_rotation_finding_codes"] == "none"
+    assert summary["layer_rotation_findings"].startswith("No finding.")
+    assert "layer_straightness_stats/median" not in summary
+
+
+def test_page_arrives_as_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html><html><head></head><body>\u202eÄß</body></html>\n", encoding="utf-8")
+    with start_run(tmp_path) as run:
+        log_page(run, page, step=7, prefix="p")
+    stored = read_offline_run(run.dir)
+    ((step, _),) = stored.series("p-layer_rotation_charts/page")
+    assert (step, [file.read_bytes() for file in stored.media("p-layer_rotation_charts/page")]) == (
+        7,
+        [page.read_bytes()],
+    )
+
+
+def test_page_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with start_run(tmp_path) as run, pytest.raises(FileNotFoundError, match=r"missing\.html"):
+        log_page(run, tmp_path / "missing.html", step=7)
 
 
 def test_charts_arrive_when_the_global_step_is_below_the_row_count(tmp_path: Path) -> None:
@@ -178,6 +253,8 @@ def test_nothing_is_drawn_for_nobody(loggers: Any, monkeypatch: pytest.MonkeyPat
     run, history = loggers.WandbLogger(mode=mode).experiment, make_history(["conv", "fc"])
     prepare_run(run, history, log_keys(history.layer_names))
     log_charts(run, history, step=20)
+    log_results(run, history)
+    log_page(run, "no such page.html", step=20)
     assert viewing_hint(run) is None
 
 
