@@ -231,10 +231,8 @@ def straightness(run: Measures) -> list[Finding]:
     AdamW with eps 0.1 4/5. In ladders of rates it fired 47 times, and the next larger rate gave a lower loss 47/47.
     Needs 30 angles and a tenth of the run.
     """
-    if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
-        return []
-    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
-    if not values or (median := statistics.median(values)) <= STRAIGHT:
+    median = median_straightness(run)
+    if median is None or median <= STRAIGHT:
         return []
     advice = "try ×3"
     return [
@@ -247,6 +245,17 @@ def straightness(run: Measures) -> list[Finding]:
             advice,
         )
     ]
+
+
+def median_straightness(run: Measures) -> float | None:
+    """Median over the layers that moved; None with fewer than 30 angles, or before a tenth of the run is over.
+
+    A run read back from W&B may know no more than the median itself.
+    """
+    if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
+        return None
+    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
+    return statistics.median(values) if values else number(run.facts, "median_straightness")
 
 
 def stopped_early(run: Measures) -> list[Finding]:
