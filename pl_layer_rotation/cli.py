@@ -81,7 +81,7 @@ def report(runs: Sequence[Path], output: Path) -> None:
     from pl_layer_rotation.report.page import write_page
 
     _write(output, lambda: write_page(output, histories))
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 @main.command(epilog=f"{_RUN}\n\n{_EXIT_CODES}")
@@ -114,7 +114,7 @@ def compare(runs: Sequence[Path], output: Path, metric: str | None, mode: Litera
     except ValueError as error:
         raise click.UsageError(printable(str(error))) from error
     _write(output, lambda: write_comparison(output, histories, metric, mode))
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 @main.command(epilog=f"{_RUN}\n\n{_EXIT_CODES}")
@@ -134,7 +134,7 @@ def show(runs: Sequence[Path]) -> None:
         if len(histories) > 1:
             click.echo(f"\n{printable(name)}")
         print_table(history)
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 @main.command()

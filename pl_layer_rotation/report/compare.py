@@ -29,7 +29,7 @@ from pl_layer_rotation.report.text import listed, three_digits
 _MISSING = "–"  # noqa: RUF001
 _MOST_METRICS = 6  # beside the one that runs are judged by
 _QUANTITIES: tuple[tuple[Quantity, str], ...] = (("mean", "Mean rotation"), ("straightness", "Median straightness"))
-_TALLEST = 1_400  # pixels
+_TALLEST = 1_100  # pixels
 
 
 class _Chart(NamedTuple):
@@ -84,20 +84,22 @@ def render_comparison(
     if judged:
         figures |= {quantity: scatter(comparison, quantity) for quantity, _ in _QUANTITIES}
     few = len(histories) <= FEW_RUNS
-    head, rows = _table(comparison)
+    colors, ranked = run_colors(comparison), comparison.ranked()
+    head, rows = _table(comparison, with_findings=not few)
     return _template().render(
         names=list(histories),
         sentences=headline(comparison),
-        legend=list(zip(histories, run_colors(comparison), strict=True)) if few else [],
+        legend=list(zip(histories, colors, strict=True)) if few else [],
+        said=[(run.name, run.findings) for run in comparison.runs] if few else [],
         gradient=", ".join(depth_colors(9)),
         ends=("worst", "best") if judged else ("turned least", "turned most"),
         judge=_judge(comparison),
         curves=_Chart("curves", "Rotation over training", 460, _curves_in_words(comparison)),
         layers=_layers_chart(histories),
         scatters=[_scatter_chart(comparison, quantity, title) for quantity, title in _QUANTITIES] if judged else [],
-        chips=run_colors(comparison),
         head=head,
-        rows=rows,
+        rows=[(colors[i], rows[i]) for i in ranked],
+        order="The best run comes first." if judged else "The run that turned most comes first.",
         shared=[(_label(name), _fact(value)) for name, value in comparison.shared.items() if value is not None],
         straight=STRAIGHT,
         figures={key: figure.to_plotly_json() for key, figure in figures.items()},
@@ -191,15 +193,16 @@ def _scatter_chart(comparison: Comparison, quantity: Quantity, title: str) -> _C
     return _Chart(quantity, f"{title} and {comparison.metric}", 360, words)
 
 
-def _table(comparison: Comparison) -> tuple[list[tuple[str, bool]], list[list[_Cell]]]:
+def _table(comparison: Comparison, with_findings: bool) -> tuple[list[tuple[str, bool]], list[list[_Cell]]]:
     """One row a run: how it did, how it turned, what sets it apart, what its curves say."""
     others = dict(list(comparison.other_metrics.items())[:_MOST_METRICS])
     metric = [] if comparison.metric is None else [comparison.metric]
     ours = ["mean rotation", "min", "max", "median straightness"]
-    head = ["run", *metric, *ours, *map(_label, comparison.varied), "steps", *others, "findings"]
+    head = ["run", *metric, *ours, *map(_label, comparison.varied), "steps", *others, *(["findings"] * with_findings)]
     rows = []
     for i, run in enumerate(comparison.runs):
         numbers = [*([run.metric] if metric else []), run.mean, run.low, run.high, run.straightness]
+        said = " ".join(line for line in run.findings if line != NOTHING) or _MISSING
         rows.append(
             [
                 _Cell(run.name, None),
@@ -207,7 +210,7 @@ def _table(comparison: Comparison) -> tuple[list[tuple[str, bool]], list[list[_C
                 *(_Cell(_fact(values[i]), _sortable(values[i])) for values in comparison.varied.values()),
                 _Cell(f"{run.steps:,}", run.steps),
                 *(_Cell(_measure(values[i]), _sortable(values[i])) for values in others.values()),
-                _Cell(" ".join(line for line in run.findings if line != NOTHING) or _MISSING, None),
+                *([_Cell(said, None)] * with_findings),
             ]
         )
     numeric = [any(row[column].sort is not None for row in rows) for column in range(len(head))]

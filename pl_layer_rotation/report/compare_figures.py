@@ -69,7 +69,7 @@ def mean_curves(histories: Mapping[str, RotationHistory], comparison: Comparison
         style = {"color": colors[i], "width": 2.4 if few else 1.3}
         lines.append(go.Scatter(x=steps, y=means, name=_name(names[i], _HOVER), line=style, **look))
     figure = go.Figure([*bands, *lines], _layout(bool(lines)))
-    figure.update_xaxes(**_step_axis([0, last_step]))
+    figure.update_xaxes(**_step_axis([0, last_step]), range=[0, max(1, last_step)])
     figure.update_yaxes(title_text="rotation (cosine distance)", rangemode="tozero")
     figure.update_layout(margin_t=16)
     return figure
@@ -124,7 +124,8 @@ def scatter(comparison: Comparison, quantity: Quantity) -> go.Figure:
     figure.update_yaxes(title_text=metric)
     figure.update_layout(margin_t=16)
     if quantity == "straightness" and any(x > STRAIGHT for _, x, _ in points):
-        figure.add_vline(STRAIGHT, line={"width": 1, "dash": "dot", "color": "#7d838c"})
+        line = {"width": 1, "dash": "dot", "color": "#7d838c"}
+        figure.add_vline(STRAIGHT, line=line, annotation_text=f"{STRAIGHT}", annotation_position="bottom right")
     return figure
 
 
@@ -161,6 +162,7 @@ def _points_by_layer(
             y=labels,
             name=_name(name, _HOVER),
             mode="lines+markers",
+            cliponaxis=False,
             marker={"size": 8, "color": color},
             line={"width": 1, "color": color},
             customdata=[[_name(layer, _HOVER)] for layer in layers],
@@ -171,7 +173,7 @@ def _points_by_layer(
     figure = go.Figure(traces, _layout(bool(layers)))
     figure.update_xaxes(title_text="rotation at the end (cosine distance)", rangemode="tozero")
     order = {"type": "category", "categoryorder": "array", "categoryarray": labels}
-    figure.update_yaxes(**order, autorange="reversed", tickfont={"size": 11})
+    figure.update_yaxes(**order, autorange="reversed", tickfont={"size": 11}, ticklabelstandoff=8)
     figure.update_layout(margin_t=16)
     return figure
 

@@ -171,7 +171,7 @@ def _layers(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
         or not all(isinstance(layer, Mapping) and {"name", "shape", "key"} <= set(layer) for layer in listed)
     ):
         return [], 0
-    return listed, int(ours["n_layers"])
+    return listed, int(ours.get("n_layers", len(listed)))
 
 
 def _readings(
@@ -201,12 +201,9 @@ def _facts(run: OfflineRun, prefix: str, columns: Mapping[str, int]) -> dict[str
     medians = [row[median] for row in run.rows if math.isfinite(_number(row.get(median)))]
     if medians:
         facts |= {"median_straightness": medians[-1], "angle_readings": len(medians)}
-    ours = re.compile(re.escape(prefix) + r"layer_\w+(_stats)?/\w+")
-    facts["metrics"] = {
-        key: value
-        for key, value in last.items()
-        if not key.startswith(("_", "trainer/")) and key != "epoch" and not ours.fullmatch(key)
-    }
+    named = {key.removeprefix(prefix): value for key, value in last.items()}
+    not_metrics = re.compile(r"_.*|trainer/.*|epoch|layer_\w+/\w+")
+    facts["metrics"] = {key: value for key, value in named.items() if not not_metrics.fullmatch(key)}
     return facts
 
 

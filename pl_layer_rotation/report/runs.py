@@ -1,6 +1,7 @@
 """Which runs lie under a path, and what each of them recorded."""
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ HISTORY = "layer_rotation.jsonl"
 
 _DEEPEST = 8  # folders below the one that was named
 _MOST_ENTRIES = 200_000  # files and folders that are looked at: a home folder or a data set is no log folder
+_VERSION = re.compile(r"version_\d+")  # what Lightning's loggers call a run's folder
 _UNFINISHED = "The run did not end: it goes on, or was killed. Shown is what it had logged."
 _PASSED_OVER = frozenset({"node_modules", "__pycache__"})
 
@@ -118,12 +120,13 @@ def run_names(files: Sequence[Path], titles: Sequence[str]) -> list[str]:
         ['same (lr=0.1)', 'same (lr=0.2)']
 
     """
-    paths = _telling_parts([_own_path(file) for file in files])
-    names = [title or path for title, path in zip(titles, paths, strict=True)]
-    return [
-        f"{name} ({path})" if names.count(name) > 1 and name != path else name
-        for name, path in zip(names, paths, strict=True)
-    ]
+    names = list(titles)
+    for title in dict.fromkeys(titles):
+        same = [i for i, other in enumerate(titles) if other == title]
+        for i, path in zip(same, _telling_parts([_own_path(files[i]) for i in same]), strict=True):
+            names[i] = f"{title} ({path})" if title and len(same) > 1 else title or path
+    # A title can still be another run's path.
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _nothing_there(path: str) -> str:
@@ -159,8 +162,16 @@ def _own_path(file: Path) -> tuple[str, ...]:
 
 
 def _telling_parts(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """Paths without what all of them begin and end with; the last part of a single one."""
-    shortest = min(map(len, paths), default=1) - 1
+    """Paths without what all of them begin and end with; of a single one the last part that says something."""
+    if len(paths) == 1:
+        (path,) = paths
+        return [_as_text(path[-2:] if _VERSION.fullmatch(path[-1]) else path[-1:])]
+    shortest = min(map(len, paths)) - 1
     start = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
     end = next((i for i in range(shortest - start) if len({path[-1 - i] for path in paths}) > 1), shortest - start)
-    return ["/".join(path[start : len(path) - end] or path[-1:]) for path in paths]
+    return [_as_text(path[start : len(path) - end] or path[-1:]) for path in paths]
+
+
+def _as_text(path: Sequence[str]) -> str:
+    # A path that is no text could not be written into a page.
+    return os.fsencode("/".join(path)).decode("utf-8", "replace")
