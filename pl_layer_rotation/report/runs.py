@@ -125,8 +125,7 @@ def run_names(files: Sequence[Path], titles: Sequence[str]) -> list[str]:
         same = [i for i, other in enumerate(titles) if other == title]
         for i, path in zip(same, _telling_parts([_own_path(files[i]) for i in same]), strict=True):
             names[i] = f"{title} ({path})" if title and len(same) > 1 else title or path
-    # A title can still be another run's path.
-    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+    return _unique(names)
 
 
 def _nothing_there(path: str) -> str:
@@ -170,6 +169,18 @@ def _telling_parts(paths: Sequence[tuple[str, ...]]) -> list[str]:
     start = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest)
     end = next((i for i in range(shortest - start) if len({path[-1 - i] for path in paths}) > 1), shortest - start)
     return [_as_text(path[start : len(path) - end] or path[-1:]) for path in paths]
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Names with a number where one is taken: a title can be another run's path."""
+    taken: list[str] = []
+    for name in names:
+        free, number = name, 1
+        while free in taken:
+            number += 1
+            free = f"{name} ({number})"
+        taken.append(free)
+    return taken
 
 
 def _as_text(path: Sequence[str]) -> str:

@@ -93,7 +93,7 @@ def test_file_that_nests_too_deep_is_damaged(tmp_path: Path) -> None:
         (["sgd.jsonl", "layca.jsonl"], ["", ""], ["sgd", "layca"]),
         (["w/offline-run-1/run-1.wandb", "w/offline-run-2/run-2.wandb"], ["", "two"], ["offline-run-1", "two"]),
         (["a/run-1.wandb", "b/run-2.wandb"], ["run", "run"], ["run (a)", "run (b)"]),
-        (["sgd.jsonl", "w/run-1.wandb", "v/run-2.wandb"], ["", "sgd", ""], ["sgd", "sgd (2)", "v"]),
+        (["sgd.jsonl", "w/run-1.wandb", "v/run-2.wandb"], ["", "sgd", "sgd (2)"], ["sgd", "sgd (2)", "sgd (2) (2)"]),
     ],
     ids=["one", "one version", "common ends", "depths", "files", "titles", "same title", "title like a path"],
 )
