@@ -157,12 +157,12 @@ def workspace(project: str, dry_run: bool) -> None:
         ours = import_module("pl_layer_rotation.report.workspace")
         made = ours.workspace_json(entity, name) if dry_run else ours.save_workspace(entity, name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "wandb_workspaces":
+        if (error.name or "").startswith("pl_layer_rotation"):
             raise
-        mend = 'Run: pip install "pl-layer-rotation[workspace]"'
-        raise click.ClickException(f"wandb-workspaces is not installed. {mend}") from error
+        raise click.ClickException(f'{error}. Run: pip install "pl-layer-rotation[workspace]"') from error
     except Exception as error:
-        raise click.ClickException(f"W&B did not take it: {type(error).__name__}: {printable(str(error))}") from error
+        problem = f"{type(error).__name__}: {printable(str(error))}"
+        raise click.ClickException(f"the workspace could not be made: {problem}") from error
     click.echo(made if isinstance(made, str) else json.dumps(made, indent=2, ensure_ascii=False))
 
 

@@ -244,6 +244,9 @@ class RotationHistory:
         """
         file = Path(path)
         try:
+            with file.open(encoding="utf-8") as stream:
+                if stream.read(1) != "{":
+                    raise ValueError("no JSON object")  # before gigabytes of a checkpoint are read
             # Not `splitlines`, which also cuts at the exotic line ends that a layer's name may hold.
             first, *rest = file.read_text(encoding="utf-8").split("\n")
             cut = rest.pop() if rest else ""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,10 +85,14 @@ def test_version(call: Any) -> None:
     assert call("--version") == (0, f"pl-layer-rotation {__version__}\n", "")
 
 
-def test_command_needs_no_heavy_library_before_it_does_something() -> None:
-    heavy = {"plotly", "wandb", "jinja2", "rich", "pandas"}
-    imported = sys.modules[cli.__name__].__dict__
-    assert not heavy & {getattr(value, "__name__", "").split(".")[0] for value in imported.values()}
+def test_help_loads_no_library_that_only_reports_need() -> None:
+    code = (
+        "import sys; from pl_layer_rotation.cli import main; main(['report', '--help'], standalone_mode=False)\n"
+        "print({'plotly', 'wandb', 'pl_layer_rotation.report.page', 'pl_layer_rotation.report.runs'} & {*sys.modules})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert run.stdout.startswith("Usage: ")
+    assert run.stdout.endswith("\nset()\n")
 
 
 def test_report_of_a_file_a_folder_and_a_wandb_run(call: Any, logs: Path, wandb_run: Path, tmp_path: Path) -> None:
@@ -290,9 +295,9 @@ def test_workspace_is_saved_or_only_printed(call: Any, workspace_module: SimpleN
     [
         (
             ModuleNotFoundError("No module named 'wandb_workspaces'", name="wandb_workspaces.workspaces"),
-            'wandb-workspaces is not installed. Run: pip install "pl-layer-rotation[workspace]"',
+            "No module named 'wandb_workspaces'. Run: pip install \"pl-layer-rotation[workspace]\"",
         ),
-        (RuntimeError("no API key"), "W&B did not take it: RuntimeError: no API key"),
+        (RuntimeError("no API key"), "the workspace could not be made: RuntimeError: no API key"),
     ],
     ids=["extra missing", "refused"],
 )

@@ -190,7 +190,7 @@ def _heatmap(
             x=[depth for depth, _ in kept],
             y=labels,
             z=rows,
-            text=[[_name(layer, _HOVER) for _, layer in kept]] * len(rows),
+            meta=[_name(layer, _HOVER) for _, layer in kept],  # the page makes hover texts of it, once for all rows
             coloraxis="coloraxis",
             hoverongaps=False,
             hovertemplate="<b>%{y}</b><br>depth %{x}: %{text}<br>rotation %{z:.3g}<extra></extra>",

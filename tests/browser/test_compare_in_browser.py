@@ -123,3 +123,13 @@ def test_hover_names_the_run(visit: Any) -> None:
     label = page.locator("#curves .hovertext")
     label.wait_for()
     assert label.text_content().startswith("run2")
+
+
+def test_hover_on_the_heatmap_names_run_layer_and_depth(visit: Any) -> None:
+    page = visit("many").page
+    page.locator("#layers").evaluate("chart => chart.scrollIntoView()")  # it is taller than the window
+    area = page.locator("#layers .nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + area["width"] * 0.5, area["y"] + 2)
+    label = page.locator("#layers .hovertext")
+    label.wait_for()
+    assert label.text_content().startswith("1 run200depth 2: layer2rotation 0.6")

@@ -92,6 +92,7 @@ def test_heatmap_has_the_best_run_on_top_and_gaps_where_a_layer_is_missing() -> 
     assert cells.y[:2] == ("1 run9", "2 run8")
     assert list(cells.z[0]) == [0.9, None, None, None]
     assert list(cells.z[1]) == [None, *[0.88889] * 3]
+    assert list(cells.meta) == ["other", "layer0", "layer1", "layer2"]
 
 
 def test_runs_as_points_have_rotation_and_metric() -> None:

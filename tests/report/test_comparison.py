@@ -56,6 +56,7 @@ def test_rank_correlation_takes_runs_that_have_both_numbers() -> None:
         (["train_acc", "val_loss"], ("val_loss", "min")),
         (["val_loss", "val_acc"], ("val_acc", "max")),
         (["loss", "train_f1"], ("train_f1", "max")),
+        (["interval_acc", "device_loss", "Valid/loss"], ("Valid/loss", "min")),
         (["valid/error"], ("valid/error", "min")),
         (["val_AUROC", "epoch_time"], ("val_AUROC", "max")),
         (["epoch_time", "lr"], (None, None)),

@@ -153,3 +153,11 @@ def test_what_is_no_metric_stays_out_of_the_metrics() -> None:
     row = {key: 0.1, STEP: 0, "_runtime": 2.0, "epoch": 1, "val_acc": 0.5, "flag": True, "text": "x", "bad": "NaN"}
     facts = to_history(run_of(row, {"val_acc": 0.75}, layers=["fc"], _wandb={}, lr=0.1)).facts
     assert facts == {"lr": 0.1, "metrics": {"val_acc": 0.75}}
+
+
+@pytest.mark.parametrize(("readings", "codes"), [(29, []), (30, ["D"])])
+def test_straightness_that_was_logged_speaks_in_the_findings(readings: int, codes: list[str]) -> None:
+    (key,) = log_keys(["fc"])
+    rows = [{key: 0.1, "layer_straightness_stats/median": 2.0, STEP: step} for step in range(readings)]
+    history = to_history(run_of(*rows, layers=["fc"]))
+    assert [finding.code for finding in history.findings()] == codes
