@@ -94,6 +94,12 @@ class RotationHistory:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.layer_names)} layers, {len(self)} readings)"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows (see ``pl_layer_rotation.report.notebook``)."""
+        from pl_layer_rotation.report.notebook import notebook_html
+
+        return notebook_html(self)
+
     def __eq__(self, other: object) -> bool:
         # Through the encoded form, where an unmeasured value equals itself (NaN does not).
         return isinstance(other, RotationHistory) and _encode(self._content()) == _encode(other._content())
@@ -295,6 +301,9 @@ class RotationHistory:
         """
         file = Path(path)
         try:
+            with file.open(encoding="utf-8") as stream:
+                if stream.read(1) != "{":
+                    raise ValueError("no JSON object")  # before gigabytes of a checkpoint are read
             # Not `splitlines`, which also cuts at the exotic line ends that a layer's name may hold.
             first, *rest = file.read_text(encoding="utf-8").split("\n")
             cut = rest.pop() if rest else ""
@@ -315,6 +324,8 @@ class RotationHistory:
         try:
             facts = _restored(header["facts"], in_row=False)
             rows = [_restored(_decode(line), in_row=True) for line in rest]
+            if not all(isinstance(layer["name"], str) for layer in header["layers"]):
+                raise TypeError("a layer's name is no text")
             return cls.from_state_dict({"layers": header["layers"], "facts": facts, "rows": rows})
         except (ValueError, KeyError, TypeError) as error:
             raise _foreign(file, f"it is damaged: {error}") from error

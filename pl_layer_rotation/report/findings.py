@@ -248,11 +248,14 @@ def straightness(run: Measures) -> list[Finding]:
 
 
 def median_straightness(run: Measures) -> float | None:
-    """Over the moving layers; None where it is not known, or where too little of the run was read."""
+    """Median over the layers that moved; None with fewer than 30 angles, or before a tenth of the run is over.
+
+    A run read back from W&B may know no more than the median itself.
+    """
     if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
         return None
     values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
-    return statistics.median(values) if values else None
+    return statistics.median(values) if values else number(run.facts, "median_straightness")
 
 
 def stopped_early(run: Measures) -> list[Finding]:

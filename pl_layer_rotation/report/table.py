@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import finding_lines
-from pl_layer_rotation.report.text import shape_text, three_digits
+from pl_layer_rotation.report.text import printable, shape_text, three_digits
 
 _MOST_ROWS = 60  # layers that are shown; a longer table keeps its first and last
 _COLUMNS = ("depth", "layer", "shape", "rotation", "norm ratio", "last update (rad)")
@@ -29,7 +29,7 @@ def table_rows(history: RotationHistory) -> list[tuple[str, ...]]:
     """
     values = [history.final(quantity) for quantity in ("rotation", "norm_ratio", "angular_update")]
     return [
-        (str(depth), name, shape_text(shape, "-"), *(three_digits(value[name]) for value in values))
+        (str(depth), printable(name), shape_text(shape, "-"), *(three_digits(value[name]) for value in values))
         for depth, (name, shape) in enumerate(zip(history.layer_names, history.layer_shapes, strict=True))
     ]
 

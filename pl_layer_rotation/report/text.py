@@ -89,7 +89,18 @@ def origin(facts: Mapping[str, Any]) -> str:
     return "initialization" if reference in ("init", None) else f"the reference weights ({reference})"
 
 
+def printable(text: str) -> str:
+    r"""The text on one line, with blanks for what would move a terminal's cursor or turn its writing around.
+
+    Example::
+
+        >>> printable("fc\x1b[2J")
+        'fc [2J'
+
+    """
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def _on_one_line(name: str) -> str:
-    # A name may hold what moves a terminal's cursor.
-    line = "".join(letter if letter.isprintable() else " " for letter in name)
+    line = printable(name)
     return line if len(line) <= _NAME else f"{line[: _NAME // 2]}…{line[-_NAME // 2 :]}"

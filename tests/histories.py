@@ -1,0 +1,53 @@
+"""Histories with known values, and what a page made of them holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+from pl_layer_rotation import RotationHistory
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'\x1b[2J\u202e"
+
+
+def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any) -> RotationHistory:
+    """One reading of the rotation every 10 steps."""
+    names = names or [f"layer{i}" for i in range(len(rows[0]))]
+    history = RotationHistory(names, [(8, 3)] * len(names), facts)
+    for i, row in enumerate(rows):
+        history.append(10 * (i + 1), rotation=row)
+    return history
+
+
+class PageReader(HTMLParser):
+    """The tags of a page with their attributes, its visible text, the rows of its tables and its figures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self._hidden = False
+        data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+        self.figures: dict[str, Any] = json.loads(data[1]) if data else {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._hidden = tag in ("script", "style")
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._hidden:
+            self._hidden = False
+        elif data.strip():
+            self.words.append(data)
+            if self.tags[-1][0] in ("td", "th", "span", "button", "i") and self.rows and self.rows[-1]:
+                self.rows[-1][-1] += data.strip()
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
