@@ -3,10 +3,16 @@
     uv run --no-dev --extra examples examples/early_stopping.py
 
 Far below its best rate a network moves almost straight, which the monitor's `layer_straightness_stats/median` shows
-long before the accuracy would: near 1 at good rates, above 1.7 at rates that are too low. So each run is looked at
-after a fifth of its epochs; where the median is above 1.7, EarlyStopping ends it and the next one starts at ten times
-the rate. This finds a rate that is high enough, not the best one, and never tells that a rate is too high: nor do
-rotation or straightness rank the runs that remain, which is what the validation accuracy is for.
+long before the accuracy would: near 1 at good rates, above 1.7 at rates that are too low. So each run on scikit-learn's
+digits is looked at after a fifth of its epochs, and four more times; where the median is above 1.7, EarlyStopping ends
+it and the next one starts at ten times the rate.
+
+You should see: the rates 1e-5, 1e-4 and 1e-3 end after 4 or 8 of 20 epochs with a straightness of 2.0 to 1.7, and 1e-2
+stays, with about 0.85 and a validation accuracy of 98 %. Over 8 seeds that took 32 or 36 epochs, 1.6 to 1.8 times one
+run, and reached 97.9 % on average, where the best of eight whole runs between 1e-5 and 1e-1 (160 epochs) reached 98.0 %
+and the whole run at 1e-3 95.1 %. With --lr 3e-5 it settles at 3e-3, which is high enough to pass but not best: 97.0 %.
+That is the limit of this rule. It never says that a rate is too high, and neither straightness nor rotation ranks the
+runs that are left: the accuracy does, which also chooses the checkpoint. One network and one schedule were tried.
 """
 
 import argparse

@@ -27,7 +27,7 @@ from pl_layer_rotation.report.page import write_page
 
 OLD, NEW = range(6), range(6, 10)
 # Learning rate, and for how much of the training the backbone is frozen.
-RUNS = {"all layers, lr 3e-4": (3e-4, 0.0), "all layers, lr 1e-2": (1e-2, 0.0), "frozen at first": (1e-2, 0.5)}
+RUNS = {"all layers, lr 3e-4": (3e-4, 0.0), "all layers, lr 3e-3": (3e-3, 0.0), "frozen at first": (1e-2, 0.5)}
 
 
 class Net(pl.LightningModule):
@@ -129,10 +129,10 @@ def main() -> None:
     for name in RUNS:
         print(f"\nDigits {NEW.start} to {NEW.stop - 1}: {name}")
         histories[name], kept = finetune(name, path, arguments)
-        rotation = (f"{value:14.4f}" for value in histories[name].final().values())
+        rotation = (f"{value:9.4f}" for value in histories[name].final().values())
         rows.append(f"{name:20}{''.join(rotation)} {histories[name].facts['metrics']['val_acc']:12.1%} {kept:11.1%}")
-    layers = next(iter(histories.values())).layer_names
-    print("\nfinal rotation      ", *(f"{layer:>14}" for layer in layers), "   new digits  old digits", sep="")
+    layers = (f"{layer.split('.')[-1]:>9}" for layer in next(iter(histories.values())).layer_names)
+    print("\nfinal rotation      ", *layers, "   new digits  old digits", sep="")
     print(*rows, sep="\n")
     write_page(arguments.output / "layer_rotation.html", histories)
     print(f"\nOpen in any browser: {(arguments.output / 'layer_rotation.html').resolve()}")

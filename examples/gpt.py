@@ -1,13 +1,13 @@
-"""A small GPT on any text, on one device, many, or many machines: layer rotation is the same on all of them.
+r"""A small GPT on any text, on one device, many, or many machines: layer rotation is the same on all of them.
 
     uv run --no-dev --extra examples examples/gpt.py --accelerator cpu
 
 Two processes that share the weights (FSDP2), here on two CPU cores; and two machines with eight GPUs each, where the
 command runs on both, with --node-rank 1 on the second:
 
-    uv run --no-dev --extra examples torchrun --nproc-per-node 2 \\
+    uv run --no-dev --extra examples torchrun --nproc-per-node 2 \
         examples/gpt.py --accelerator cpu --strategy fsdp2 --devices 2
-    uv run --no-dev --extra examples torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 \\
+    uv run --no-dev --extra examples torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 \
         --master-addr FIRST_MACHINE --master-port 29500 examples/gpt.py --strategy fsdp2 --devices 8 --num-nodes 2
 
 Reads bytes of --data, or without it of Python's own standard library, and predicts the next one. The batch that all
@@ -27,7 +27,7 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pl_layer_rotation import LayerRotationMonitor, layca_optimizers
 
@@ -118,32 +118,36 @@ class Windows(Dataset[Tensor]):
         return self.text[start : start + self.length].long()
 
 
+class Text(pl.LightningDataModule):
+    """Training and validation windows.
+
+    Each process takes every n-th window of a batch: Lightning's own sampler would shuffle them, in another order for
+    every number of processes.
+    """
+
+    def __init__(self, text: Tensor, length: int, batch_size: int, steps: int) -> None:
+        super().__init__()
+        border = int(0.9 * len(text))
+        self.batch_size = batch_size
+        self.train = Windows(text[:border], steps * batch_size, length, seed=1)
+        self.validation = Windows(text[border:], 8 * batch_size, length, seed=2)
+
+    def loader(self, windows: Windows) -> DataLoader[Tensor]:
+        processes = self.trainer.world_size
+        sampler = DistributedSampler(windows, processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(windows, self.batch_size // processes, sampler=sampler)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return self.loader(self.train)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self.loader(self.validation)
+
+
 def read_text(path: Path | None) -> Tensor:
     """The bytes of a file, or of the modules of Python's standard library in alphabetical order."""
     files = [path] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
-
-
-def loaders(arguments: argparse.Namespace) -> list[DataLoader[Tensor]]:
-    """Training and validation; a batch is divided among the processes, which Lightning's sampler deals windows to."""
-    processes = arguments.devices * arguments.num_nodes
-    if arguments.batch_size % processes:
-        raise SystemExit(f"--batch-size {arguments.batch_size} must be a multiple of the {processes} processes.")
-    text = read_text(arguments.data)
-    length, border = arguments.context + 1, int(0.9 * len(text))
-    if len(text) - border <= length:
-        raise SystemExit(f"--data must hold more than {10 * length} bytes, got {len(text)}.")
-    train = Windows(text[:border], arguments.max_steps * arguments.batch_size, length, seed=1)
-    validation = Windows(text[border:], 8 * arguments.batch_size, length, seed=2)
-    return [DataLoader(windows, arguments.batch_size // processes) for windows in (train, validation)]
-
-
-def strategy(arguments: argparse.Namespace) -> Any:
-    if arguments.strategy == "fsdp2":
-        return ModelParallelStrategy(
-            data_parallel_size=arguments.devices * arguments.num_nodes, tensor_parallel_size=1
-        )
-    return arguments.strategy
 
 
 def main() -> None:
@@ -165,15 +169,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("gpt"), help="folder for the page and the curves")
     arguments = parser.parse_args()
+    processes = arguments.devices * arguments.num_nodes
+    if arguments.batch_size % processes:
+        parser.error(f"--batch-size {arguments.batch_size} must be a multiple of the {processes} processes")
+    text, length = read_text(arguments.data), arguments.context + 1
+    if len(text) <= 10 * length:
+        parser.error(f"--data must hold more than {10 * length} bytes, got {len(text)}")
     # The run's progress is what matters here, not what the libraries say about themselves.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     pl.seed_everything(arguments.seed, verbose=False)
+    strategy: Any = arguments.strategy
+    if strategy == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator=arguments.accelerator,
-        strategy=strategy(arguments),
+        strategy=strategy,
         devices=arguments.devices,
         num_nodes=arguments.num_nodes,
         precision=arguments.precision,
@@ -182,12 +195,13 @@ def main() -> None:
         logger=False,
         log_every_n_steps=max(1, min(10, arguments.max_steps // 10)),
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
     sizes = {name: getattr(arguments, name) for name in ("context", "width", "depth", "heads")}
     gpt = GPT(arguments.optimizer, arguments.lr or RATES[arguments.optimizer], **sizes)
-    trainer.fit(gpt, *loaders(arguments))
+    trainer.fit(gpt, Text(text, length, arguments.batch_size, arguments.max_steps))
     if trainer.is_global_zero:
         print(f"Validation loss: {trainer.callback_metrics['val_loss']:.3f} nats a byte")
 

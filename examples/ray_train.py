@@ -2,8 +2,8 @@
 
     uv run --no-dev --extra examples --group ray examples/ray_train.py
 
-Ray's own Lightning integration, as its guide has it, with the monitor among the callbacks and before Ray's, which
-reports what the others have measured: `layer_rotation_stats/mean` is then a metric of the Ray run, next to the accuracy.
+Ray's own Lightning integration, as its guide has it. The monitor stands before Ray's callback, which reports what is
+measured by then: `layer_rotation_stats/mean` becomes a metric of the Ray run, next to the accuracy.
 Everything stays on this machine: no dashboard, no usage statistics.
 """
 
