@@ -4,9 +4,19 @@
 
 A small convolutional network learns six of scikit-learn's digits, and from its checkpoint the other four: with all
 layers at two learning rates, and with Lightning's BackboneFinetuning, which freezes the convolutions at first.
-`LayerRotationMonitor(reference="pretrained.ckpt")` measures from the checkpoint, whatever a run starts from: a second
-stage, started from fine-tuned weights, would go on where the first one ended, not at 0. The new head has another shape
-than the old one; the monitor says that it measures it from its own start.
+`LayerRotationMonitor(reference="pretrained.ckpt")` measures from the checkpoint, whatever weights a run starts from: a
+second stage, started from fine-tuned ones, goes on where the first one ended, not at 0. The new head has another shape
+than the old one, so the monitor warns that it measures it from the start of training.
+
+You should see: the further the convolutions turn, the more of the old digits is forgotten. Accuracies are means over 5
+seeds; the old digits are asked of the new convolutions under the old head, which knew 98 to 99 % of them.
+
+    run                   rotation of conv3   new digits   old digits
+    all layers, lr 3e-4   0.018 to 0.021        94.8 %       96.5 %
+    all layers, lr 3e-3   0.16 to 0.21          98.4 %       80.9 %
+    frozen at first       0.04 to 0.08          98.6 %       92.1 %
+
+In the third run the convolutions stay at exactly 0 for half of the training, while the head turns to 0.64 to 0.76.
 """
 
 import argparse

@@ -11,8 +11,14 @@ command runs on both, with --node-rank 1 on the second:
         --master-addr FIRST_MACHINE --master-port 29500 examples/gpt.py --strategy fsdp2 --devices 8 --num-nodes 2
 
 Reads bytes of --data, or without it of Python's own standard library, and predicts the next one. The batch that all
-processes see together depends on neither their number nor the strategy, so that the curves must be the same; only
-fp32 round-off, which training amplifies, tells them apart.
+processes see together depends on neither their number nor the strategy, so that the curves must be the same but for
+round-off: in fp32, two processes under FSDP2 and one differed by 2e-10 in rotation after 12 steps of a smaller network.
+
+You should see after 400 steps, about 40 s of one CPU core: a validation loss of 2.26 nats a byte (Python 3.11's
+library; other versions have other sources), `head` at a rotation of 0.096 and all layers of the blocks between 0.016
+and 0.039, queries and keys of the first block furthest. With --optimizer adamw, 2.30, and rotations are less even: 0.21
+for queries and 0.03 for values. Each is the better of two rates (adamw 1e-3: 2.32; layca 3^-4: 2.39), with one seed:
+too little to say which optimizer is better.
 """
 
 import argparse
@@ -98,7 +104,7 @@ class GPT(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-# What did best of a few rates a factor of three apart.
+# The better of two rates a factor of three apart.
 RATES = {"adamw": 3e-3, "layca": 3**-5}
 
 

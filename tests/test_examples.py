@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from processes import launch
 
 from pl_layer_rotation import Layca, LayerRotationMonitor, RotationHistory
 
@@ -43,14 +44,14 @@ def is_example(module: ModuleType) -> bool:
     return Path(getattr(module, "__file__", None) or "/").parent == EXAMPLES
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, timeout: int = 100) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
         env={**os.environ, "WANDB_MODE": "disabled"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -207,5 +208,31 @@ def test_ray_train_says_what_to_install(example: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    with pytest.raises(SystemExit, match="needs Ray .*`uv run --no-dev --extra examples --group ray examples"):
+    with pytest.raises(SystemExit, match=r"needs Ray .*`uv run --no-dev --extra examples --group ray examples"):
         example("ray_train")
+
+
+def fit_with_ddp(rank: int, folder: str) -> dict[str, Any]:
+    """What two of Ray's workers do, in two processes without Ray."""
+    sys.path.insert(0, str(EXAMPLES))
+    module = importlib.import_module("ray_train")
+    module.pl.seed_everything(1, verbose=False)
+    monitor = LayerRotationMonitor(report=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp", "log_every_n_steps": 5}
+    module.pl.Trainer(callbacks=[monitor], default_root_dir=folder, **options, **quiet).fit(
+        module.Net(), *module.digits(32)
+    )
+    return {"steps": monitor.history.steps, "rotation": monitor.history.values("rotation").tolist()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ray_train_gives_the_curves_of_ddp(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    output = run(str(EXAMPLES / "ray_train.py"), "--max-epochs=1", f"--output={tmp_path}", cwd=tmp_path, timeout=600)
+    history = RotationHistory.load(tmp_path / "layer_rotation.jsonl")
+    first, second = launch(fit_with_ddp, str(tmp_path))
+    assert first == second == {"steps": history.steps, "rotation": history.values("rotation").tolist()}
+    assert f"layer_rotation_stats/mean: {history.values('rotation')[-1].mean():.3f}" in output
+    assert (tmp_path / "layer_rotation.html").is_file()
