@@ -19,7 +19,7 @@ def launch(function: Callable[..., Any], *args: Any, world: int = 2, timeout: fl
     """
     context = mp.get_context("fork")
     results = context.SimpleQueue()
-    port = _free_port()
+    port = free_port()
     workers = [
         context.Process(target=_work, args=(rank, world, port, function, args, results), daemon=True)
         for rank in range(world)
@@ -98,7 +98,7 @@ def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: 
             torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
