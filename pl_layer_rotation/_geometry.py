@@ -283,8 +283,10 @@ def _chunks(first: Tensor, second: Tensor, *, exact: bool) -> list[tuple[Tensor,
         # The common case, without the dozen of calls that the others need: networks have hundreds of small layers.
         return [(first.detach().view(-1), second.detach().view(-1))]
     first, second = first.detach(), second.detach()
-    if first.is_complex():
-        first, second = torch.view_as_real(first.resolve_conj()), torch.view_as_real(second.resolve_conj())
+    if first.is_complex() or second.is_complex():
+        # A real tensor beside a complex one has no imaginary part; a cast would drop that of the other.
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        first, second = (torch.view_as_real(tensor.to(dtype).resolve_conj()) for tensor in (first, second))
     flat = [flat_view(t) for t in (first, second)] if first.stride() == second.stride() else [None, None]
     a, b = (t.reshape(-1) if f is None else f for t, f in zip((first, second), flat, strict=True))
     exact = exact and a.device.type != "mps"

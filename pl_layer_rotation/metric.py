@@ -43,7 +43,7 @@ def layer_rotation(weights: Tensor, reference: Tensor) -> Tensor:
         float64 tensor of shape ``()`` on the CPU, between 0 and 2; NaN where a norm is zero or a value is NaN.
 
     Raises:
-        ValueError: If the shapes differ, or the tensors are sharded otherwise.
+        ValueError: If the shapes differ, the tensors are sharded otherwise, or one is sparse or on the meta device.
 
     Example::
 
@@ -56,6 +56,12 @@ def layer_rotation(weights: Tensor, reference: Tensor) -> Tensor:
             f"`weights` and `reference` must have the same shape, got {tuple(weights.shape)} and "
             f"{tuple(reference.shape)}. Pass the same layer at two times."
         )
+    for name, tensor in (("weights", weights), ("reference", reference)):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"`{name}` must be a dense tensor with values, got {tensor.layout} on {tensor.device}. "
+                "Pass it once it is materialized, or its `to_dense()`."
+            )
     if not cut_alike(weights, reference):
         raise ValueError(
             "`weights` and `reference` must be sharded alike, got placements "
