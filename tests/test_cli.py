@@ -101,7 +101,7 @@ def test_report_of_a_file_a_folder_and_a_wandb_run(call: Any, logs: Path, wandb_
     page = (tmp_path / "layer_rotation.html").read_text(encoding="utf-8")
     for part in ("mean rotation 0.200 over 2 layers", "mean rotation 0.400 over 2 layers"):
         assert part in page
-    assert "After 10 optimizer steps: 2 layers, rotation from 0.250 (conv) to 0.500 (fc)." in page
+    assert "After 10 optimizer steps: mean rotation 0.375 over 2 layers" in page
     assert "from W&amp;B" in page
 
 
