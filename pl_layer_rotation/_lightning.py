@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -39,13 +40,19 @@ def averages_are_in(trainer: "pl.Trainer") -> bool:
 
 def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[str, Any]:
     """What a reader of the curves wants to know of the run."""
-    facts: dict[str, Any] = {"module": type(pl_module).__name__}
+    # FSDP2 gives a module a class of its own, in front of the user's.
+    kinds = type(pl_module).__bases__ if isinstance(pl_module, FSDPModule) else (type(pl_module),)
+    facts: dict[str, Any] = {"module": kinds[-1].__name__}
     if trainer.optimizers:
         optimizer = _unwrapped(trainer.optimizers[0])
         name = type(optimizer).__name__
         facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name
         group = optimizer.param_groups[0]
-        facts["learning_rate"] = float(group["lr"])
+        # With a warm-up the rate of the first step says little.
+        rates = [
+            group[key] for key in ("lr", "initial_lr", "max_lr") if isinstance(group.get(key), (int, float, Tensor))
+        ]
+        facts["learning_rate"] = max(map(float, rates))
         # The base of Layca keeps its options in the same places.
         facts["base"] = optimizer.base_class.__name__ if isinstance(optimizer, Layca) else name
         momentum = group.get("momentum", (group.get("betas") or (None,))[0])

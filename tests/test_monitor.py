@@ -166,6 +166,12 @@ def test_the_facts_name_layers_before_a_batch_norm_and_the_length() -> None:
     assert monitor.history.facts["total_steps"] == 16
 
 
+def test_the_learning_rate_of_a_run_that_warms_up_is_the_one_that_it_warms_up_to() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, module=Net(lambda m: layca_optimizers(m, lr=0.05, schedule="cosine", warmup_steps=4)))
+    assert monitor.history.facts["learning_rate"] == pytest.approx(0.05)
+
+
 @pytest.mark.contract("C1")
 def test_layca_angles_and_norms_are_as_requested() -> None:
     monitor = LayerRotationMonitor(report=False)

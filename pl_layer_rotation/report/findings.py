@@ -87,6 +87,9 @@ def findings(history: RotationHistory) -> list[Finding]:
     ahead = runs_ahead(run)
     # Layca with a rate for each layer: these three would only restate the rates.
     uneven = [] if run.facts.get("layer_multipliers") else [*ahead, *_of(run, lags, uneven_over_depth)]
+    if run.facts.get("reference", "init") != "init":
+        # From pretrained weights late layers are meant to turn more than early ones.
+        uneven = [finding for finding in uneven if finding.code != "I"]
     straight = [] if ahead or run.still else straightness(run)
     return [
         *_of(run, not_finite, did_not_turn, diverging, early_shock),

@@ -52,7 +52,7 @@ def launch(function: Callable[..., Any], *args: Any, world: int = 2, timeout: fl
 def exit_codes(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 60.0) -> list[int]:
     """Like :func:`launch`, where some may be killed: the exit code of each. What they have to say they must write."""
     context = mp.get_context("fork")
-    results, port = context.SimpleQueue(), _free_port()
+    results, port = context.SimpleQueue(), free_port()
     workers = [
         context.Process(target=_work, args=(rank, world, port, function, args, results), daemon=True)
         for rank in range(world)

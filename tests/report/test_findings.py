@@ -412,6 +412,11 @@ def test_advice_for_slow_early_layers_only() -> None:
     assert (rises.advice, falls.advice) == ("Try Layca with equal rates", "")
 
 
+@pytest.mark.parametrize(("reference", "found"), [("init", ["I"]), ("pretrained.ckpt", [])])
+def test_layers_that_are_fine_tuned_are_not_called_uneven(reference: str, found: list[str]) -> None:
+    assert codes(angles(0.1, 0.2, 0.31, reference=reference)) == found
+
+
 def test_layers_with_rates_of_their_own_are_not_called_uneven() -> None:
     history = walk(steady(0.001, 0.01, 0.01, 0.1), [0.001, 0.01, 0.1, 0.5])
     assert codes(history) == ["C", "B", "I"]
