@@ -49,10 +49,8 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
         facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name
         group = optimizer.param_groups[0]
         # With a warm-up the rate of the first step says little.
-        rates = [
-            group[key] for key in ("lr", "initial_lr", "max_lr") if isinstance(group.get(key), (int, float, Tensor))
-        ]
-        facts["learning_rate"] = max(map(float, rates))
+        known = [float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group]
+        facts.update({"learning_rate": max(known)} if known else {})
         # The base of Layca keeps its options in the same places.
         facts["base"] = optimizer.base_class.__name__ if isinstance(optimizer, Layca) else name
         momentum = group.get("momentum", (group.get("betas") or (None,))[0])

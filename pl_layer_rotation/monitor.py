@@ -16,15 +16,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation._cadence import Cadence, planned
+from pl_layer_rotation._known_angles import KnownAngles
 from pl_layer_rotation._lightning import (
     CallbackBase,
     averages_are_in,
     current_rates,
     expected_steps,
-    layca_optimizers_of,
     log_folder,
     nearby,
-    requested_angles,
     run_facts,
     stepped_batches,
 )
@@ -144,20 +143,14 @@ class LayerRotationMonitor(CallbackBase):
     ) -> None:
         super().__init__()
         check_reference(reference)
-        if reference_device not in ("same", "cpu"):
-            raise MisconfigurationException(
-                f"`reference_device` must be 'same' or 'cpu', got {reference_device!r}. "
-                "'cpu' keeps the weights to measure from off the accelerator."
-            )
-        if report not in (True, False, "wandb"):
-            raise MisconfigurationException(
-                f"`report` must be True, False or 'wandb', got {report!r}. 'wandb' puts the page into the W&B run too."
-            )
-        if angular_update not in (True, False, "auto"):
-            raise MisconfigurationException(
-                f"`angular_update` must be True, False or 'auto', got {angular_update!r}. "
-                "'auto' reads angles where a copy of the layers takes no more than 1 GB."
-            )
+        _check_choice("reference_device", reference_device, ("same", "cpu"), "'cpu' spares the accelerator.")
+        _check_choice("report", report, (True, False, "wandb"), "'wandb' puts the page into the W&B run too.")
+        _check_choice(
+            "angular_update",
+            angular_update,
+            (True, False, "auto"),
+            "'auto' reads angles where a copy of the layers takes no more than 1 GB.",
+        )
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise MisconfigurationException(
                 f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
@@ -181,9 +174,8 @@ class LayerRotationMonitor(CallbackBase):
         self._measuring = Measuring(References())
         self._restored: Mapping[str, Any] | None = None
         self._layers: dict[str, Tensor] = {}  # during a step that is read, as they were found before it
-        self._names: dict[int, str] = {}  # of the parameters found last
-        self._requested: dict[str, float] = {}
-        self._exact: set[int] = set()  # parameters whose angles the optimizers know
+        self._known = KnownAngles()
+        self._requested: dict[str, float] = {}  # angles that rates ask for, by layer
         self._cadence, self._copies = Cadence(0), True
         self._rates: tuple[float, ...] = ()
         self._training = False
@@ -330,7 +322,7 @@ class LayerRotationMonitor(CallbackBase):
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's methods on callbacks while it trains; with them a copy would hold the module.
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
-            **{"_module": None, "_layers": {}, "_names": {}, "_exact": set()}
+            **{"_module": None, "_layers": {}, "_known": KnownAngles()}
         }
 
     def _start_anew(self, history: RotationHistory, sums: RunningSums, layers: Mapping[str, Tensor]) -> None:
@@ -386,7 +378,7 @@ class LayerRotationMonitor(CallbackBase):
         new = [name for name, shape in local.items() if name not in pieces or pieces[name].shape != shape]
         for name in new:
             self._take_reference(name, layers[name], first)
-        self._names = {id(layer): name for name, layer in layers.items()}
+        self._known.name(layers)
         shapes = {name: tuple(original_shape(weight)) for name, weight in layers.items()}
         known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
         gone = {name: shape for name, shape in known.items() if name not in shapes}
@@ -421,8 +413,8 @@ class LayerRotationMonitor(CallbackBase):
         """Decide which steps' angles are read besides those on the cadence."""
         steps = expected_steps(trainer)
         self.history.facts["total_steps"] = steps
-        _, self._exact = requested_angles(trainer)
-        size = sum(local_tensor(layer).nbytes for layer in layers.values() if id(layer) not in self._exact)
+        self._known.look(trainer, layers)
+        size = sum(local_tensor(layer).nbytes for layer in self._known.unknown(layers).values())
         small = trainer.strategy.reduce_boolean_decision(size <= _MOST_COPIED)
         if self.angular_update == "auto" and not small:
             self._attempt.warn(
@@ -466,26 +458,15 @@ class LayerRotationMonitor(CallbackBase):
         self._adopt(layers)
         if due:
             self._layers = layers
-            requested, self._exact = requested_angles(trainer)
-            self._requested = {name: requested[id(layer)] for name, layer in layers.items() if id(layer) in requested}
+            self._requested = self._known.look(trainer, layers)
             if self._copies:
-                self._measuring.copy({name: layer for name, layer in layers.items() if id(layer) not in self._exact})
+                self._measuring.copy(self._known.unknown(layers))
 
     def _take_turned(self, trainer: "pl.Trainer") -> None:
-        """Take the angles that optimizers know, and none of layers that they left alone in this step."""
-        names: list[str] = []
-        angles = []
-        for optimizer in layca_optimizers_of(trainer):
-            parameters, turned = optimizer.take_angles()
-            known = [place for place, parameter in enumerate(parameters) if id(parameter) in self._names]
-            names += [self._names[id(parameters[place])] for place in known]
-            angles.append(turned if len(known) == len(parameters) else turned[known])
-        if angles:
-            moved = set(names)
-            left = [name for key, name in self._names.items() if key in self._exact and name not in moved]
-            parts = [part.to(angles[0]) for part in angles]
-            turned = torch.cat([*parts, angles[0].new_zeros(len(left))])
-            self._measuring.take_turned(names + left, turned, self._step)
+        """Take the angles that optimizers know."""
+        known = self._known.take(trainer)
+        if known is not None:
+            self._measuring.take_turned(*known, self._step)
 
     def _read(self, pl_module: "pl.LightningModule") -> None:
         """Measure every layer as it is now."""
@@ -533,3 +514,9 @@ class LayerRotationMonitor(CallbackBase):
         self._measuring.free()
         if training:
             self._output.finish(trainer, self.history)
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[Any, ...], mend: str) -> None:
+    if value not in choices:
+        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise MisconfigurationException(f"`{argument}` must be {listed}, got {value!r}. {mend}")

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_measuring": {"_geometry", "_sharding", "_reference", "_running_sums"},
     "_output": {"_lightning", *REPORT},
     "_lightning": {"layca", "_scratch", "_turning", "layer_selection"},
+    "_known_angles": {"_lightning"},
     "_thinning": set(),
     "history": {"_thinning"},
     **dict.fromkeys(REPORT - {"history"}, REPORT | {"_geometry"}),

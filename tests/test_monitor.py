@@ -527,10 +527,12 @@ class WithoutRate(torch.optim.SGD):
         return closure()
 
 
-def test_an_optimizer_without_a_learning_rate_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match="noting the facts failed and is left out: KeyError: 'lr'"):
-        run = fit(LayerRotationMonitor(report=False), module=Net(lambda m: WithoutRate(m.parameters())))
+def test_an_optimizer_without_a_learning_rate_is_a_run_without_that_fact() -> None:
+    monitor = LayerRotationMonitor(report=False)
+    run = fit(monitor, module=Net(lambda m: WithoutRate(m.parameters())))
     assert run.state.finished
+    assert monitor.history.facts["optimizer"] == "WithoutRate"
+    assert "learning_rate" not in monitor.history.facts
 
 
 @pytest.mark.contract("C11")
