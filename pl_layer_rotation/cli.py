@@ -159,7 +159,10 @@ def workspace(project: str, dry_run: bool) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pl_layer_rotation"):
             raise
-        raise click.ClickException(f'{error}. Run: pip install "pl-layer-rotation[workspace]"') from error
+        mend = 'Run: pip install "pl-layer-rotation[workspace]"'
+        raise click.ClickException(f"the workspace needs wandb-workspaces. {mend}") from error
+    except ValueError as error:
+        raise click.ClickException(printable(str(error))) from error
     except Exception as error:
         problem = f"{type(error).__name__}: {printable(str(error))}"
         raise click.ClickException(f"the workspace could not be made: {problem}") from error

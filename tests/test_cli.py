@@ -295,11 +295,12 @@ def test_workspace_is_saved_or_only_printed(call: Any, workspace_module: SimpleN
     [
         (
             ModuleNotFoundError("No module named 'wandb_workspaces'", name="wandb_workspaces.workspaces"),
-            "No module named 'wandb_workspaces'. Run: pip install \"pl-layer-rotation[workspace]\"",
+            'the workspace needs wandb-workspaces. Run: pip install "pl-layer-rotation[workspace]"',
         ),
+        (ValueError("`WANDB_API_KEY` must be set."), "`WANDB_API_KEY` must be set."),
         (RuntimeError("no API key"), "the workspace could not be made: RuntimeError: no API key"),
     ],
-    ids=["extra missing", "refused"],
+    ids=["extra missing", "refused", "unforeseen"],
 )
 def test_workspace_that_cannot_be_saved(
     error: Exception, message: str, call: Any, workspace_module: SimpleNamespace

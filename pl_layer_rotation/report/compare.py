@@ -72,7 +72,7 @@ def render_comparison(
         >>> runs = {"slow": RotationHistory(["fc"]), "fast": RotationHistory(["fc"])}
         >>> runs["slow"].append(10, rotation=[0.1])
         >>> runs["fast"].append(10, rotation=[0.3])
-        >>> "`fast` turned most (mean rotation 0.300), `slow` least (0.100)." in render_comparison(runs)
+        >>> "<code>fast</code> turned most (mean rotation 0.300)" in render_comparison(runs)
         True
 
     """

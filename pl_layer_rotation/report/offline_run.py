@@ -21,6 +21,7 @@ _CHUNK = struct.Struct("<IHB")
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 _STEP = "trainer/global_step"
+_NO_ROTATION = "no layer rotation was logged in this W&B run. Train with `LayerRotationMonitor()`."
 _MOST_LAYERS = 1000  # of which the sink lists all, and the monitor logs all
 
 
@@ -100,7 +101,7 @@ def to_history(run: OfflineRun) -> RotationHistory:
     """
     layers, number = _layers(run.config)
     if not layers:
-        raise ValueError("no layer rotation was logged in this W&B run. Train with `LayerRotationMonitor()`.")
+        raise ValueError(_NO_ROTATION)
     if number > _MOST_LAYERS:
         raise ValueError(
             f"a W&B run has the curves of single layers only up to {_MOST_LAYERS} layers, and this one has {number}. "
@@ -111,7 +112,9 @@ def to_history(run: OfflineRun) -> RotationHistory:
     history = RotationHistory([str(layer["name"]) for layer in layers], [tuple(layer["shape"]) for layer in layers])
     for step, reading in _readings(run.rows, prefix, columns).items():
         history.append(step, **reading)
-    history.facts = _facts(run, prefix, columns)
+    if not len(history):
+        raise ValueError(_NO_ROTATION)
+    history.facts = _facts(run, prefix)
     return history
 
 
@@ -186,15 +189,15 @@ def _readings(
         if not found or not isinstance(row.get(_STEP), (int, float)):
             continue
         step = int(row[_STEP]) + 1  # Lightning numbers the step after which it logs from 0
-        for later in [known for known in readings if known > step]:
-            del readings[later]
+        while readings and (last := next(reversed(readings))) > step:
+            del readings[last]
         for quantity, column, value in found:
             values = readings.setdefault(step, {}).setdefault(quantity, [math.nan] * len(columns))
             values[column] = _number(value)
     return readings
 
 
-def _facts(run: OfflineRun, prefix: str, columns: Mapping[str, int]) -> dict[str, Any]:
+def _facts(run: OfflineRun, prefix: str) -> dict[str, Any]:
     facts = {key: value for key, value in run.config.items() if key not in ("_wandb", "layer_rotation")}
     median = f"{prefix}layer_straightness_stats/median"
     last = {key: value for row in run.rows for key, value in row.items() if math.isfinite(_number(value))}

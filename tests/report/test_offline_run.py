@@ -123,6 +123,8 @@ def test_run_without_our_layers_is_refused() -> None:
     for config in ({}, {"layer_rotation": 3}, {"layer_rotation": {"layers": [1]}}, {"layer_rotation": {"layers": []}}):
         with pytest.raises(ValueError, match=message):
             to_history(OfflineRun(config=config))
+    with pytest.raises(ValueError, match=message):
+        to_history(run_of({"val_acc": 0.5, STEP: 3}, layers=["fc"]))
 
 
 def test_run_with_more_layers_than_are_logged_is_refused() -> None:
