@@ -1,7 +1,9 @@
 """Histories with known values, and what a page made of them holds."""
 
+import base64
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from typing import Any
 
@@ -28,8 +30,8 @@ class PageReader(HTMLParser):
         self.words: list[str] = []
         self.rows: list[list[str]] = []
         self._hidden = False
-        data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
-        self.figures: dict[str, Any] = json.loads(data[1]) if data else {}
+        data = re.search(r'<script type="text/plain" id="figures">(.*?)</script>', page, re.DOTALL)
+        self.figures: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(data[1]))) if data else {}
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

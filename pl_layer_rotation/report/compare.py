@@ -1,14 +1,13 @@
 """One self-contained HTML page that lays 2 … 200 runs over each other."""
 
+import json
 import math
 import os
 import statistics
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from plotly.offline import get_plotlyjs
+from markupsafe import Markup
 
 from pl_layer_rotation.history import RotationHistory, write_text
 from pl_layer_rotation.report.compare_figures import (
@@ -24,6 +23,7 @@ from pl_layer_rotation.report.compare_figures import (
 from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quantity, compare, correlation, headline
 from pl_layer_rotation.report.figures import depth_colors
 from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
+from pl_layer_rotation.report.packing import pack, plotly_js, source, source_hash, templates
 from pl_layer_rotation.report.text import listed, three_digits
 
 _MISSING = "–"  # noqa: RUF001
@@ -86,7 +86,10 @@ def render_comparison(
     few = len(histories) <= FEW_RUNS
     colors, ranked = run_colors(comparison), comparison.ranked()
     head, rows = _table(comparison, with_findings=not few)
-    return _template().render(
+    drawings = {key: figure.to_plotly_json() for key, figure in figures.items()}
+    script, library = source("compare.js"), plotly_js()
+    page = templates().get_template("compare.html")
+    return page.render(
         names=list(histories),
         sentences=headline(comparison),
         legend=list(zip(histories, colors, strict=True)) if few else [],
@@ -102,8 +105,10 @@ def render_comparison(
         order="The best run comes first." if judged else "The run that turned most comes first.",
         shared=[(_label(name), _fact(value)) for name, value in comparison.shared.items() if value is not None],
         straight=STRAIGHT,
-        figures={key: figure.to_plotly_json() for key, figure in figures.items()},
-        plotlyjs=get_plotlyjs(),
+        figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
+        library=library.packed,
+        script=Markup(script),
+        policy=f"script-src {source_hash(script)} {library.source}",
     )
 
 
@@ -126,18 +131,6 @@ def write_comparison(
 
     """
     write_text(path, render_comparison(histories, metric, mode))
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("pl_layer_rotation", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html")
 
 
 def _judge(comparison: Comparison) -> str:

@@ -141,12 +141,14 @@ def did_not_turn(run: Measures) -> list[Finding]:
     found = []
     if unchanged:
         named = run.called(unchanged)
+        known = all(math.isfinite(norms[i]) for i in unchanged)
+        changed = f": {_its(named)} weights never changed" if known else ""
         found.append(
             Finding(
                 "A",
                 named,
                 {"rotation": 0.0, "norm_ratio": 1.0},
-                f"{listed(named)} did not turn at all: {_its(named)} weights never changed. "
+                f"{listed(named)} did not turn at all{changed}. "
                 "Frozen, missing from the optimizer, or without gradient.",
             )
         )

@@ -1,13 +1,11 @@
 """What a notebook shows of a history that ends a cell: a small table, each layer's curve drawn beside its name."""
 
 import math
-from functools import cache
 from typing import NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import finding_lines
+from pl_layer_rotation.report.packing import templates
 from pl_layer_rotation.report.text import shape_text, three_digits
 
 _MOST_ROWS = 40  # layers that are shown; of more, the first and the last ones
@@ -57,29 +55,21 @@ def notebook_html(history: RotationHistory) -> str:
         )
         for depth in depths
     ]
-    return _template().render(
-        layers=len(history.layer_names),
-        steps=history.steps[-1] if history.steps else 0,
-        rows=rows,
-        hidden=hidden,
-        break_after=_MOST_ROWS // 2 if hidden else None,
-        highest=three_digits(highest),
-        findings=finding_lines(history),
-        width=_WIDTH,
-        height=_HEIGHT,
+    return (
+        templates()
+        .get_template("notebook.html")
+        .render(
+            layers=len(history.layer_names),
+            steps=history.steps[-1] if history.steps else 0,
+            rows=rows,
+            hidden=hidden,
+            break_after=_MOST_ROWS // 2 if hidden else None,
+            highest=three_digits(highest),
+            findings=finding_lines(history),
+            width=_WIDTH,
+            height=_HEIGHT,
+        )
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("pl_layer_rotation", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("notebook.html")
 
 
 def _curves(history: RotationHistory) -> list[list[tuple[float, float]]]:

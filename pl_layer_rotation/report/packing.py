@@ -1,4 +1,4 @@
-"""Large texts as a page carries them: compressed, for the browser's own DecompressionStream."""
+"""What pages are made of: templates, and large texts compressed for the browser's own DecompressionStream."""
 
 import base64
 import hashlib
@@ -6,6 +6,7 @@ import zlib
 from functools import cache
 from typing import NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 
@@ -52,3 +53,22 @@ def plotly_js() -> Script:
     """The plotly.js that the installed plotly package brings: 4.8 MB, packed 2.0. Kept, since each page needs it."""
     script = get_plotlyjs()
     return Script(pack(script), source_hash(script))
+
+
+def templates() -> Environment:
+    """The templates of this folder; what they are given is escaped."""
+    return Environment(
+        loader=PackageLoader("pl_layer_rotation", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def source(name: str) -> str:
+    """A file of this folder as it is."""
+    environment = templates()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pl_layer_rotation.history import RotationHistory, write_text
@@ -20,7 +19,7 @@ from pl_layer_rotation.report.figures import (
     draw_heatmap,
 )
 from pl_layer_rotation.report.findings import finding_lines
-from pl_layer_rotation.report.packing import pack, plotly_js, source_hash
+from pl_layer_rotation.report.packing import pack, plotly_js, source, source_hash, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
 from pl_layer_rotation.report.text import origin, shape_text, three_digits
 
@@ -102,8 +101,9 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
     runs = [_run(name, history) for name, history in histories.items()]
     drawn = [run for run in runs if run.drawn]
     drawings = _drawings(histories, runs)
-    environment = _environment()
-    script = _source("page.js")
+    environment = templates()
+    environment.filters["sentence"] = _sentence
+    script = source("page.js")
     library = plotly_js()
     return environment.get_template("template.html").render(
         runs=runs,
@@ -111,7 +111,7 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         shared_views={key: label for key, label in _VIEWS.items() if drawn and all(key in run.views for run in drawn)},
         origin=_common_origin(histories.values()),
         gradient=", ".join(depth_colors(9)),
-        style=Markup(_source("page.css")),
+        style=Markup(source("page.css")),
         script=Markup(script),
         policy=f"script-src {source_hash(script)} {library.source}",
         library=library.packed,
@@ -143,25 +143,6 @@ def write_page(path: str | os.PathLike[str], histories: Mapping[str, RotationHis
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("pl_layer_rotation", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sentence"] = _sentence
-    return environment
-
-
-@cache
-def _source(name: str) -> str:
-    environment = _environment()
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
 def _sentence(text: str) -> Markup:
     """The names in a sentence, which stand in backticks, set apart: their letters may run from right to left."""
     parts = re.split("`([^`]+)`", text)

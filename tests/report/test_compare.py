@@ -140,7 +140,8 @@ def test_no_name_breaks_out_of_its_place(number: int) -> None:
     assert not {"img", "b"} & {tag for tag, _ in page.tags}
     assert page.text.count("</script><img src=x onerror=alert(1)>") >= 4
     names = [line["name"] for line in page.figures["curves"]["data"] if "name" in line]
-    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in names
+    shown = "".join(letter if letter.isprintable() else " " for letter in HOSTILE)
+    assert shown.replace("<", "&lt;").replace(">", "&gt;") in names
 
 
 def test_runs_without_readings_are_rows_too() -> None:
