@@ -113,7 +113,7 @@ def pages(folder: Path) -> Iterator[tuple[str, int]]:
     yield "quickstart", 900
     runs = {
         "page-small": ("Layca over AdamW, 5 layers", Small, 15, 2000),
-        "page-300-layers": ("AdamW, 300 layers", Deep, 11, 2200),
+        "page-300-layers": ("AdamW, 300 layers", Deep, 11, 1600),
         "page-broken": ("A broken network", Broken, 15, 1700),
     }
     for name, (title, module, epochs, height) in runs.items():
@@ -124,7 +124,7 @@ def pages(folder: Path) -> Iterator[tuple[str, int]]:
 def photograph(browser: Browser, page: Path, picture: Path, height: int) -> None:
     view = browser.new_page(viewport={"width": 1240, "height": height})
     view.goto(page.as_uri())
-    view.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot._fullLayout)")
+    view.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot._fullLayout)", timeout=120_000)
     view.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     view.screenshot(path=picture)
     view.close()

@@ -288,9 +288,7 @@ def test_hover_shows_a_name_as_it_is(visit: Any) -> None:
         assert label.text_content().startswith("".join(c if c.isprintable() else " " for c in name))
 
 
-def test_opens_500_layers_by_500_readings_in_five_seconds(
-    browser: Browser, files: dict[str, Path], record_property: Any
-) -> None:
+def test_opens_500_layers_by_500_readings_in_five_seconds(browser: Browser, files: dict[str, Path]) -> None:
     page = browser.new_page(viewport={"width": 1240, "height": 900})
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
@@ -299,7 +297,7 @@ def test_opens_500_layers_by_500_readings_in_five_seconds(
     measured = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
     page.close()
     # Processor time: the clock on the wall also counts what else the machine does.
-    record_property("seconds of processor time to open 500 x 500", measured["ProcessTime"])
+    print(f"500 layers x 500 readings: opened in {measured['ProcessTime']:.1f} s of processor time")
     assert 0 < measured["ProcessTime"] < 5
 
 

@@ -53,6 +53,7 @@ def test_a_quantity_read_at_fewer_steps_has_no_gaps() -> None:
         ("rotation", "cosine distance from initialization", "tozero"),
         ("angular_update", "angle turned by one optimizer step (radians)", "tozero"),
         ("norm_ratio", "norm of the weights / norm of the reference (ratio)", "normal"),
+        ("straightness", "angle from the start / that of a random walk (ratio)", "tozero"),
         ("my_quantity", "my quantity", "normal"),
     ],
 )
@@ -86,6 +87,7 @@ def test_hover_names_layer_depth_shape_step_and_value() -> None:
         ("%{y}", "%&#123;y}"),
         ("$x$", "&#36;x&#36;"),
         ("two\nlines", "two lines"),
+        ("left\u202eright", "left right"),
         ("層 'é\"", "層 'é\""),
     ],
 )
@@ -196,3 +198,65 @@ def test_figures_of_a_history_without_rotation() -> None:
     history = RotationHistory(["fc"])
     history.append(1, norm_ratio=[1.1])
     assert list(figures(history)) == ["rotation", "final_rotation", "heatmap"]
+
+
+def walked(momentum: float | None = 0.5) -> RotationHistory:
+    history = RotationHistory(["a", "b", "still"], facts={} if momentum is None else {"momentum": momentum})
+    for i in (1, 2):
+        history.append(
+            10 * i,
+            rotation=[0.1 * i, 0.2 * i, 0.0],
+            angular_update=[0.01, 0.02, 0.0],
+            straightness=[1.0, 1.5, math.nan],
+            path_square=[0.1 * i, 0.3 * i, 0.0],
+            requested_angle=[0.03, 0.03, 0.03],
+        )
+    return history
+
+
+def test_a_random_walk_is_drawn_beside_the_rotation() -> None:
+    *lines, walk = curves(walked()).data
+    assert [line.name for line in lines] == ["a", "b", "still"]
+    assert (walk.name, walk.x, walk.line.dash, walk.line.width) == ("random walk", (10, 20), "dot", 1.2)
+    # c = (1 + 0.5) / (1 - 0.5) = 3; the median of two layers is their mean, and a layer that is still has no walk.
+    expected = [sum(1 - math.exp(-1.5 * square * i) for square in (0.1, 0.3)) / 2 for i in (1, 2)]
+    assert walk.y == pytest.approx(expected, rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("momentum", [None, 1.0, -0.1, math.nan])
+def test_without_a_known_momentum_there_is_no_random_walk(momentum: float | None) -> None:
+    assert [line.name for line in curves(walked(momentum)).data] == ["a", "b", "still"]
+
+
+def test_the_requested_angle_is_one_line_where_all_layers_share_it() -> None:
+    guide = curves(walked(), "angular_update").data[-1]
+    assert (guide.name, guide.x, guide.y, guide.text) == ("requested", (10, 20), (0.03, 0.03), ("", "requested"))
+    assert len(curves(walked(), "angular_update").data) == 4
+
+
+def test_requested_angles_that_differ_have_the_colours_of_their_layers() -> None:
+    history = RotationHistory(["a", "b", "plain"])
+    history.append(10, angular_update=[0.01, 0.02, 0.1], requested_angle=[0.01, 0.02, math.nan])
+    guides = curves(history, "angular_update").data[3:]
+    assert [(guide.y, guide.line.color) for guide in guides] == [
+        ((0.01,), depth_colors(3)[0]),
+        ((0.02,), depth_colors(3)[1]),
+    ]
+
+
+def test_straightness_is_compared_with_one() -> None:
+    guide = curves(walked(), "straightness").data[-1]
+    assert (guide.name, guide.x, guide.y) == ("random walk", (10, 20), (1.0, 1.0))
+
+
+def test_the_axis_names_another_reference() -> None:
+    history = history_of([0.1])
+    history.facts["reference"] = "<b>" + "x" * 60
+    title = curves(history).layout.yaxis.title.text
+    assert title.startswith("cosine distance from the reference weights (&lt;b&gt;xxxx")
+    assert len(title) < 110
+
+
+def test_fewer_points_can_be_asked_for() -> None:
+    history = history_of(*[[i / 400] * 10 for i in range(400)])
+    assert len(curves(history, points=500).data[0].x) == len(heatmap(history, points=500).data[0].x) == 50
