@@ -396,6 +396,30 @@ def test_a_disk_that_takes_no_more_costs_a_warning_a_file_and_keeps_the_rows_tha
     assert len(kept) >= (5 if rows else 0)
 
 
+def trains_through_an_outage(rank: int, folder: Path) -> tuple[list[str], list[int]]:
+    """Rows on the disk ten steps after it took nothing for ten steps, the first of them cut in its middle."""
+    file, found = folder / "layer_rotation.jsonl", []
+
+    def change(run: pl.Trainer, _: Any) -> None:
+        if run.global_step == 19:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, resource.RLIM_INFINITY))
+        elif run.global_step == 29:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        elif run.global_step == 39:
+            found.extend(RotationHistory.load(file).steps)
+
+    with pytest.warns(UserWarning, match="writing the history failed") as caught:
+        fit(LayerRotationMonitor(every_n_steps=1), Each(change), default_root_dir=folder, max_epochs=6)
+    return said(caught), found
+
+
+@pytest.mark.contract("C13")
+def test_a_disk_that_was_full_for_a_while_has_all_rows_again_afterwards(tmp_path: Path) -> None:
+    ((warned, found),) = launch(trains_through_an_outage, tmp_path, world=1, timeout=60)
+    assert len(warned) == 1
+    assert found == list(range(1, 40))
+
+
 def interrupted(rank: int, folder: Path) -> None:
     fit(
         LayerRotationMonitor(every_n_steps=1),
