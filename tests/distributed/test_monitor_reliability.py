@@ -43,7 +43,9 @@ class Killed(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def mortal_fit(rank: int, folder: Path, killed: tuple[int, ...] = (), resume: Path | None = None) -> dict[str, Any]:
+def mortal_fit(
+    rank: int, folder: Path, killed: tuple[int, ...] = (), resume: Path | None = None
+) -> list[dict[str, Any]]:
     monitor = LayerRotationMonitor(every_n_steps=1)
     keep = ModelCheckpoint(folder / "saved", every_n_train_steps=SAVED_EVERY, save_top_k=-1, filename="{step}")
     run = trainer(
@@ -112,12 +114,12 @@ def fails_alone(rank: int, folder: Path) -> tuple[str, list[int]]:
 
 @pytest.mark.contract("C11", "C20")
 def test_an_exception_on_one_process_is_reported_by_it_without_waiting_for_others(tmp_path: Path) -> None:
-    codes = exit_codes(functools.partial(writes_result, fails_alone), tmp_path, timeout=60)
+    # Not `launch`, which would have both wait for each other at the end.
+    exit_codes(functools.partial(writes_result, fails_alone), tmp_path, timeout=60)
     first, second = ((tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(2))
     assert second == str(("ValueError: only here", [1, 2, 3, 4, 5]))
     assert first.endswith("[1, 2, 3, 4, 5])")
     assert "RuntimeError" in first
-    assert len(codes) == 2
     assert RotationHistory.load(tmp_path / "layer_rotation.jsonl").steps == [1, 2, 3, 4, 5]
     assert "</html>" in (tmp_path / "layer_rotation.html").read_text(encoding="utf-8")
 
@@ -242,6 +244,7 @@ def trained_by(strategy: str, devices: int, folder: Path) -> tuple[pl.Trainer, R
 
 
 @pytest.mark.contract("C1", "C19", "C30")
+@pytest.mark.timeout(300)  # every spawned process imports torch and Lightning anew
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
 def test_strategies_that_start_processes_of_their_own_leave_the_curves_of_one_process(
     strategy: str, tmp_path: Path
