@@ -110,28 +110,42 @@ class Overflows(Net):
         return super().training_step(batch).float() * (1e38 if batch_idx in (0, 4) else 1.0)
 
 
+def plain(module: nn.Module) -> Any:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def layca(module: nn.Module) -> Any:
+    """Without momentum, with which a layer may turn though nothing pulls at it."""
+    return layca_optimizers(module, lr=0.05)["optimizer"]
+
+
 @pytest.mark.contract("C3")
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("optimizer", [plain, layca])
 @pytest.mark.parametrize("skips", ["no loss", "overflow"])
 @pytest.mark.parametrize("every", [1, 5])
-def test_a_step_that_lightning_counts_but_nothing_took_is_read_as_an_angle_of_zero(skips: str, every: int) -> None:
+def test_a_step_that_lightning_counts_but_nothing_took_is_read_as_an_angle_of_zero(
+    every: int, skips: str, optimizer: Any
+) -> None:
     monitor, saved = quiet(every_n_steps=every), Weights()
     if skips == "no loss":
-        fit(monitor, saved, module=SkipsBatches())
+        fit(monitor, saved, module=SkipsBatches(optimizer))
     else:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        fit(monitor, saved, module=Overflows(), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+        fit(monitor, saved, module=Overflows(optimizer), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
         assert scaler.get_scale() == 2.0**6
-    assert_true(monitor.history, saved)
+    assert_true(monitor.history, saved, rtol=1e-5)
     skipped = [step in (1, 5) for step in monitor.history.steps]
     assert monitor.history.values("angular_update").eq(0).all(1).tolist() == skipped
+    walked = by_hand(saved, ["body.0", "head"], list(range(1, 9)))["angular_update"].sum(0)
+    np.testing.assert_allclose(monitor.history.values("path")[-1].numpy(), walked, rtol=1e-5)
 
 
 class TwoOptimizers(Net):
     """Steps by hand: both optimizers in every batch, or each in its own batches."""
 
-    def __init__(self, steps_in: Any) -> None:
-        super().__init__()
+    def __init__(self, steps_in: Any, make_optimizer: Any = plain) -> None:
+        super().__init__(make_optimizer)
         self.automatic_optimization, self.steps_in = False, steps_in
 
     def training_step(self, batch: list[Tensor], batch_idx: int = 0) -> None:
@@ -144,19 +158,20 @@ class TwoOptimizers(Net):
                 self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+        return [self.make_optimizer(part) for part in (self.body, self.head)]
 
 
 @pytest.mark.contract("C4")
+@pytest.mark.parametrize("optimizer", [plain, layca])
 @pytest.mark.parametrize(("every", "expected"), [(1, list(range(1, 13))), (3, [3, 6, 9, 12])])
 @pytest.mark.parametrize("both", [True, False], ids=["both in a batch", "in turn"])
-def test_two_optimizers_are_read_by_batch(both: bool, every: int, expected: list[int]) -> None:
+def test_two_optimizers_are_read_by_batch(both: bool, every: int, expected: list[int], optimizer: Any) -> None:
     monitor, saved = quiet(every_n_steps=every), Weights()
-    module = TwoOptimizers(lambda number, batch: both or batch % 2 == number)
+    module = TwoOptimizers(lambda number, batch: both or batch % 2 == number, optimizer)
     run = fit(monitor, saved, module=module, data=batches(12))
     assert run.global_step == (24 if both else 12)
     assert monitor.history.steps == expected
-    assert_true(monitor.history, saved)
+    assert_true(monitor.history, saved, rtol=1e-5)
     if not both:
         moved = monitor.history.values("angular_update").ne(0).tolist()
         assert moved == [[step % 2 == 1, step % 2 == 0] for step in expected]

@@ -43,7 +43,9 @@ class Killed(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def mortal_fit(rank: int, folder: Path, killed: tuple[int, ...] = (), resume: Path | None = None) -> dict[str, Any]:
+def mortal_fit(
+    rank: int, folder: Path, killed: tuple[int, ...] = (), resume: Path | None = None
+) -> list[dict[str, Any]]:
     monitor = LayerRotationMonitor(every_n_steps=1)
     keep = ModelCheckpoint(folder / "saved", every_n_train_steps=SAVED_EVERY, save_top_k=-1, filename="{step}")
     run = trainer(
@@ -112,12 +114,12 @@ def fails_alone(rank: int, folder: Path) -> tuple[str, list[int]]:
 
 @pytest.mark.contract("C11", "C20")
 def test_an_exception_on_one_process_is_reported_by_it_without_waiting_for_others(tmp_path: Path) -> None:
-    codes = exit_codes(functools.partial(writes_result, fails_alone), tmp_path, timeout=60)
+    # Not `launch`, which would have both wait for each other at the end.
+    exit_codes(functools.partial(writes_result, fails_alone), tmp_path, timeout=60)
     first, second = ((tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(2))
     assert second == str(("ValueError: only here", [1, 2, 3, 4, 5]))
     assert first.endswith("[1, 2, 3, 4, 5])")
     assert "RuntimeError" in first
-    assert len(codes) == 2
     assert RotationHistory.load(tmp_path / "layer_rotation.jsonl").steps == [1, 2, 3, 4, 5]
     assert "</html>" in (tmp_path / "layer_rotation.html").read_text(encoding="utf-8")
 
@@ -242,6 +244,7 @@ def trained_by(strategy: str, devices: int, folder: Path) -> tuple[pl.Trainer, R
 
 
 @pytest.mark.contract("C1", "C19", "C30")
+@pytest.mark.timeout(300)  # every spawned process imports torch and Lightning anew
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
 def test_strategies_that_start_processes_of_their_own_leave_the_curves_of_one_process(
     strategy: str, tmp_path: Path
@@ -311,7 +314,12 @@ def test_a_logger_that_fails_costs_a_warning_a_kind_and_others_are_served(
     loggers = [kind(tmp_path / "failing"), other][::order]
     with pytest.warns(UserWarning, match="LayerRotationMonitor") as caught:
         run = fit(monitor, logger=loggers, default_root_dir=tmp_path)
-    assert said(caught) == [f"{part} failed and is left out: ConnectionError: the server is gone." for part in parts]
+    texts = said(caught)
+    assert len(texts) == len(set(texts))
+    assert all(text.endswith(" failed and is left out: ConnectionError: the server is gone.") for text in texts)
+    warned = [text.split(" failed")[0] for text in texts]
+    # W&B may get more than what is listed here.
+    assert parts == [part for part in warned if part in parts or "W&B" not in part]
     assert run.state.finished
     assert other.steps("layer_rotation/001_head") == list(range(8))
     assert len(monitor.history) == 8
@@ -396,6 +404,30 @@ def test_a_disk_that_takes_no_more_costs_a_warning_a_file_and_keeps_the_rows_tha
     assert len(kept) >= (5 if rows else 0)
 
 
+def trains_through_an_outage(rank: int, folder: Path) -> tuple[list[str], list[int]]:
+    """Rows on the disk ten steps after it took nothing for ten steps, the first of them cut in its middle."""
+    file, found = folder / "layer_rotation.jsonl", []
+
+    def change(run: pl.Trainer, _: Any) -> None:
+        if run.global_step == 19:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, resource.RLIM_INFINITY))
+        elif run.global_step == 29:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        elif run.global_step == 39:
+            found.extend(RotationHistory.load(file).steps)
+
+    with pytest.warns(UserWarning, match="writing the history failed") as caught:
+        fit(LayerRotationMonitor(every_n_steps=1), Each(change), default_root_dir=folder, max_epochs=6)
+    return said(caught), found
+
+
+@pytest.mark.contract("C13")
+def test_a_disk_that_was_full_for_a_while_has_all_rows_again_afterwards(tmp_path: Path) -> None:
+    ((warned, found),) = launch(trains_through_an_outage, tmp_path, world=1, timeout=60)
+    assert len(warned) == 1
+    assert found == list(range(1, 40))
+
+
 def interrupted(rank: int, folder: Path) -> None:
     fit(
         LayerRotationMonitor(every_n_steps=1),
@@ -454,6 +486,5 @@ def test_a_layer_that_turns_nan_is_named_with_its_step(poisoned: Poisoned) -> No
     monitor, _, _, _, folder = poisoned
     (finding,) = [finding for finding in monitor.history.findings() if finding.code == "non-finite"]
     assert (finding.layers, finding.values) == (("head",), {"step": 4})
-    sentence = "`head` had no finite weights after step 4"
-    assert finding.sentence.startswith(sentence)
-    assert sentence in next(folder.rglob("*.html")).read_text(encoding="utf-8")
+    assert finding.sentence.startswith("`head` had no finite weights after step 4")
+    assert "had no finite weights after step 4" in next(folder.rglob("*.html")).read_text(encoding="utf-8")
