@@ -18,7 +18,7 @@ class Cadence(NamedTuple):
     """
 
     every: int
-    angle_every: int = 1
+    angle_every: int = 0
     dense_until: int = 0
 
     def reads(self, step: int, last: int) -> bool:

@@ -127,7 +127,10 @@ class Output:
         """Keep the file up to date while training goes on: a run that is killed leaves its curves."""
         path = log_folder(trainer) / _FILE
         kept = (path, history.thinned_to, list(history.layer_names))
-        if self._saved == kept and history.steps[-1] > self._saved_step:
+        appends = self._saved == kept and history.steps[-1] > self._saved_step
+        # Until it succeeded: a failure may leave a cut row, after which none can be added.
+        self._saved = None
+        if appends:
             history.save_last_row(path)
         else:
             history.save(path)

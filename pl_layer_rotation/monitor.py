@@ -80,9 +80,11 @@ class LayerRotationMonitor(CallbackBase):
     With more than 1000 layers loggers get the aggregates only. The history keeps at most 500 readings (fewer of more
     than 1000 layers): of longer trainings every second, fourth, … of them. A layer that starts at zero has no
     direction: it is measured from its first non-zero weights, and a warning says so once. Layers that appear during
-    training join with the weights at their first reading. Should a measurement fail, a warning says why and reading
-    stops. Where layers cannot be told (FSDP with ``use_orig_params=False``, DeepSpeed stage 3) or read (quantized
-    weights), a warning at the start names them, and training goes on without the monitor, or without those layers.
+    training join with the weights at their first reading. Steps that Lightning counts though nothing took them (no
+    loss, an overflow that the gradient scaler skipped) are read as they are, with an angle of 0. Figures go to W&B and
+    the page only, other loggers get the scalars. Should a measurement fail, a warning says why and reading stops. Where
+    layers cannot be told (FSDP with ``use_orig_params=False``, DeepSpeed stage 3) or read (quantized weights), a
+    warning at the start names them, and training goes on without the monitor, or without those layers.
 
     Checkpoints carry the weights to measure from where they take no more than 256 MB. Larger ones are written once,
     when training starts, into the folder ``layer_rotation_reference`` next to the logs (each process what it holds;
@@ -265,8 +267,7 @@ class LayerRotationMonitor(CallbackBase):
         self._global_step = trainer.global_step
         step = stepped_batches(trainer) + 1
         due, self._step = self._cadence.reads(step, self._step), step
-        if self._reads(trainer):
-            self._measure(self._take_turned, trainer)
+        if self._reads(trainer) and self._measure(self._take_turned, trainer):
             if due and self._measure(self._read, pl_module):
                 self._record(trainer)
             elif self._measuring.waits:
