@@ -86,7 +86,7 @@ def outcome(command: list[str | Path], work: Path) -> str:
     lines = done.stdout.splitlines() or [""]
     if done.returncode:
         print("$", *command, f"\n{done.stdout}{done.stderr}", file=sys.stderr)
-    summary = lines[-1] if "pytest" in command else "ok"
+    summary = lines[-1] if "-m" in command else "ok"
     return f"FAILED ({summary})" if done.returncode else summary
 
 
