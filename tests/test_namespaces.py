@@ -46,22 +46,35 @@ print(monitor.history.steps, [round(v, 5) for v in monitor.history.values("angul
 CURVE = "[1, 2, 3, 4] [0.04996, 0.04265, 0.02499, 0.00732]"
 
 
-@pytest.mark.parametrize("fit", ["with_trainer", "with_cli"])
-@pytest.mark.parametrize(
-    "modules",
-    [
-        ("pytorch_lightning", "pl_layer_rotation"),
-        ("pl_layer_rotation", "pytorch_lightning"),
-        ("lightning.pytorch", "pl_layer_rotation"),
-        ("pl_layer_rotation", "lightning.pytorch"),
-    ],
-    ids=" before ".join,
-)
-def test_trainer_and_cli_take_monitor_and_optimizer(modules: tuple[str, str], fit: str) -> None:
-    if (*modules, fit) == ("pl_layer_rotation", "lightning.pytorch", "with_cli"):
-        pytest.skip("a documented limit of the monitor: its CLI takes subclasses of its own Callback only")
+ORDERS = [
+    ("pytorch_lightning", "pl_layer_rotation"),
+    ("pl_layer_rotation", "pytorch_lightning"),
+    ("lightning.pytorch", "pl_layer_rotation"),
+    ("pl_layer_rotation", "lightning.pytorch"),
+]
+
+
+def run(modules: tuple[str, str], fit: str) -> subprocess.CompletedProcess[str]:
+    """A fit of four steps in a new process, which imports these modules first."""
     (namespace,) = {*modules} - {"pl_layer_rotation"}
-    imports = "\n".join(f"import {name}" for name in modules) + f"\nimport {namespace}.cli"
+    imports = "\n".join(f"import {name}" for name in (*modules, f"{namespace}.cli"))
     code = FIT.format(imports=imports, namespace=namespace, fit=fit)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.mark.parametrize("modules", ORDERS, ids=" before ".join)
+def test_a_trainer_takes_monitor_and_optimizer(modules: tuple[str, str]) -> None:
+    done = run(modules, "with_trainer")
     assert done.stdout.splitlines()[-1:] == [CURVE], done.stderr
+
+
+@pytest.mark.parametrize("modules", ORDERS[:3], ids=" before ".join)
+def test_a_cli_takes_monitor_and_optimizer(modules: tuple[str, str]) -> None:
+    done = run(modules, "with_cli")
+    assert done.stdout.splitlines()[-1:] == [CURVE], done.stderr
+
+
+def test_the_cli_of_the_other_namespace_refuses_a_monitor_that_was_imported_before_it() -> None:
+    done = run(ORDERS[3], "with_cli")
+    assert done.returncode == 2
+    assert "Import path does not correspond to a subclass of Callback" in done.stderr
