@@ -1,4 +1,4 @@
-"""A wheel holds the package, its template, ``py.typed`` and its metadata, and nothing else."""
+"""A wheel holds the package with its templates and ``py.typed``, its metadata, and nothing else."""
 
 import sys
 import zipfile
@@ -10,7 +10,10 @@ expected = {
     for path in package.rglob("*")
     if path.is_file() and "__pycache__" not in path.parts
 }
-found = {name for name in zipfile.ZipFile(sys.argv[1]).namelist() if ".dist-info/" not in name}
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+found = {name for name in names if ".dist-info/" not in name}
 assert {"pl_layer_rotation/py.typed", "pl_layer_rotation/report/template.html"} <= found, sorted(found)
 assert found == expected, f"only in the wheel: {sorted(found - expected)}, missing: {sorted(expected - found)}"
+metadata = {name.partition(".dist-info/")[2] for name in names} - {""}
+assert metadata == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}, sorted(metadata)
 print(f"{Path(sys.argv[1]).name}: {len(found)} files")

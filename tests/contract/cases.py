@@ -22,6 +22,12 @@ KERNELS: dict[str, dict[str, Any]] = {
 }
 
 
+def skip_on_torch_2_6(fault: str) -> None:
+    """Skip under the oldest torch that is supported: what is tested fails there without Layca too."""
+    if torch.__version__.startswith("2.6."):
+        pytest.skip(f"torch 2.6 {fault}")
+
+
 def layers(
     dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 5
 ) -> list[nn.Parameter]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import KERNELS, angle, give_gradients, layers, norm, same, snapshot, take_steps
+from contract.cases import KERNELS, angle, give_gradients, layers, norm, same, skip_on_torch_2_6, snapshot, take_steps
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pl_layer_rotation import Layca
 
 TURN = math.atan(0.1)
+STUCK = "has a fused SGD that moves no half-precision weights on the CPU"
 
 
 @pytest.mark.contract("O12")
@@ -99,6 +100,8 @@ def complaints(use: Callable[[Any], Any], make: Any) -> list[tuple[type, str]]:
 @pytest.mark.contract("O14")
 @pytest.mark.parametrize("name", wrong_uses())
 def test_wrong_uses_are_answered_in_the_words_of_torch(name: str) -> None:
+    if name == "set":
+        skip_on_torch_2_6("takes a set of parameters without a word")
     theirs = complaints(wrong_uses()[name], torch.optim.SGD)
     assert theirs
     assert complaints(wrong_uses()[name], Layca) == theirs
@@ -219,6 +222,8 @@ def test_options_edited_between_steps_are_obeyed_at_the_next() -> None:
 def test_a_tensor_lr_gives_the_weights_of_a_float_lr_and_schedulers_edit_it_in_place(
     base: str, shape: tuple[int, ...]
 ) -> None:
+    if shape:
+        skip_on_torch_2_6("has schedulers that edit no lr with a dimension")
     results = []
     for lr in (0.125, torch.full(shape, 0.125)):
         tensors = layers(shapes=[(5, 4), (4,)])
@@ -282,6 +287,8 @@ def test_freezing_and_unfreezing_is_the_same_with_every_kernel_state_included(
 def test_every_kernel_gives_the_same_weights_also_with_a_number_among_them(
     base: str, dtype: torch.dtype, tolerance: float
 ) -> None:
+    if (base, dtype) == ("SGD", torch.bfloat16):
+        skip_on_torch_2_6(STUCK)
     results = []
     for kernel in KERNELS.values():
         tensors = layers(dtype, [(5, 4), (4,), (2, 3, 2), ()])
@@ -295,6 +302,8 @@ def test_every_kernel_gives_the_same_weights_also_with_a_number_among_them(
 @pytest.mark.contract("O21")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision_sums_beyond_its_range_turn_by_the_angle(kernel: str) -> None:
+    if kernel == "fused":
+        skip_on_torch_2_6(STUCK)
     weight = nn.Parameter((layers(shapes=[(400, 400)])[0].detach() * 2).half())
     assert norm(weight) ** 2 > 2 * torch.finfo(torch.float16).max
     before = weight.detach().clone()
