@@ -26,19 +26,31 @@ RESULTS = DOCS / "results"
 sys.path.append(str(DOCS.parent / "examples"))
 
 RUNS = ("healthy", "slow", "forgotten", "layca")
-# Quantity and runs, left and right; one picture each, named `rotation-healthy.svg`.
+# Quantity, and the runs on the left and on the right.
 PICTURES = {
     "rotation": ("healthy", "forgotten"),
     "angular_update": ("healthy", "layca"),
     "norm_ratio": ("healthy", "layca"),
     "straightness": ("healthy", "slow"),
 }
+# Short enough for a small picture.
+AXES = {
+    "rotation": "cosine distance",
+    "angular_update": "radians a step",
+    "norm_ratio": "norm / norm at the start",
+    "straightness": "straightness",
+}
 WIDTH, HEIGHT = 560, 360
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def picture_names() -> list[str]:
-    return [f"{quantity.replace('_', '-')}-{run}.svg" for quantity, runs in PICTURES.items() for run in runs]
+def pictures() -> dict[str, tuple[str, str]]:
+    """File name → quantity and run."""
+    return {
+        f"{quantity.replace('_', '-')}-{run}.svg": (quantity, run)
+        for quantity, runs in PICTURES.items()
+        for run in runs
+    }
 
 
 def train(run: str) -> RotationHistory:
@@ -75,9 +87,9 @@ def train(run: str) -> RotationHistory:
 
 def picture(history: RotationHistory, quantity: str) -> go.Figure:
     figure = history.figure(quantity)
-    # Readable at the width of a phone too; the site says in words what is drawn.
-    figure.update_layout(width=WIDTH, height=HEIGHT, font_size=15, title=None, paper_bgcolor="white")
-    return figure
+    # Readable at the width of a phone too.
+    figure.update_layout(width=WIDTH, height=HEIGHT, font_size=15, yaxis_title=AXES[quantity], paper_bgcolor="white")
+    return figure.update_annotations(font_size=13)
 
 
 def as_svg(view: Page, figure: go.Figure) -> str:
@@ -101,11 +113,9 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         view = browser.new_page()
         view.add_script_tag(content=get_plotlyjs())
-        for quantity, runs in PICTURES.items():
-            for run in runs:
-                name = f"{quantity.replace('_', '-')}-{run}.svg"
-                figure = picture(RotationHistory.load(RESULTS / f"{run}.jsonl"), quantity)
-                (arguments.output / name).write_text(as_svg(view, figure), encoding="utf-8")
+        for name, (quantity, run) in pictures().items():
+            figure = picture(RotationHistory.load(RESULTS / f"{run}.jsonl"), quantity)
+            (arguments.output / name).write_text(as_svg(view, figure), encoding="utf-8")
         browser.close()
 
 
