@@ -1,4 +1,4 @@
-"""Our docstrings for mkdocs: roles of Sphinx become links, formulas plain text; nothing is left for a script to draw."""
+"""Our docstrings for mkdocs: Sphinx's roles become links and formulas text, so that no script needs to draw them."""
 
 import re
 from typing import Any

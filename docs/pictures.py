@@ -8,6 +8,8 @@ layer that the optimizer does not know, and Layca.
 """
 
 import argparse
+import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -92,9 +94,16 @@ def picture(history: RotationHistory, quantity: str) -> go.Figure:
     return figure.update_annotations(font_size=13)
 
 
+def fingerprint(figure: go.Figure) -> str:
+    """What a picture carries, so that a test can tell whether it shows the committed curves."""
+    lines = [[list(line.x or ()), list(line.y or ())] for line in figure.data]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
+
+
 def as_svg(view: Page, figure: go.Figure) -> str:
     draw = "async ([figure, size]) => await Plotly.toImage(figure, {format: 'svg', imageDataOnly: true, ...size})"
-    return view.evaluate(draw, [figure.to_plotly_json(), {"width": WIDTH, "height": HEIGHT}])
+    svg = view.evaluate(draw, [figure.to_plotly_json(), {"width": WIDTH, "height": HEIGHT}])
+    return f"{svg}\n<!-- curves: {fingerprint(figure)} -->\n"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PAGES = ("cost.md", "curves.md", "paper.md", "versions.md")
+PAGES = ("cost.md", "curves.md", "paper.md", "versions.md")
 _BASES = {"AdamW": "AdamW", "SGD momentum": "SGD with momentum"}
 _WORKLOADS = {
     "GPT 10.8 M": "GPT, 10.8 M parameters",
@@ -159,7 +159,9 @@ def workflow() -> str:
         matrix = {key: values for key, values in job.get("strategy", {}).get("matrix", {}).items() if _is_axis(values)}
         for chosen in itertools.product(*matrix.values()):
             entries = dict(zip(matrix, chosen, strict=True))
-            python = [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
+            python = [
+                step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})
+            ]
             commands = [step["run"].splitlines()[-1] for step in job["steps"] if "run" in step]
             cells = [job.get("name", name), job["runs-on"], *python[:1]]
             rows.append([_filled(cell, entries) for cell in cells] + [f"`{_filled(commands[-1], entries)}`"])
@@ -207,5 +209,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    for page in (DOCS / name for name in _PAGES):
+    for page in (DOCS / name for name in PAGES):
         page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
