@@ -204,7 +204,9 @@ def _filled(text: Any, entries: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    # A number and its unit stay on one line.
+    cells = [[re.sub(r"^([+.\d]+) (%|s)$", "\\1\u00a0\\2", cell) for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
