@@ -104,7 +104,7 @@ def monitor() -> str:
 
 def runs() -> str:
     """The recorded runs of `docs/pictures.py`."""
-    rows = []
+    rows, said = [], []
     for run, label in _RUNS.items():
         history = RotationHistory.load(DOCS / "results" / f"{run}.jsonl")
         rotation, straight = (
@@ -113,9 +113,10 @@ def runs() -> str:
         )
         accuracy, median = history.facts["metrics"]["val_acc"], statistics.median(straight)
         numbers = [f"{accuracy:.1%}", f"{rotation[0]:.2g} to {rotation[-1]:.2g}", f"{median:.2f}"]
-        rows.append([label, *numbers, " ".join(finding_lines(history))])
-    head = ["run", "validation accuracy", "final rotation", "straightness, median", "what the monitor said"]
-    return _table(head, rows)
+        rows.append([label, *numbers])
+        said.append(f"- {label}: *{' '.join(finding_lines(history))}*\n")
+    table = _table(["run", "validation accuracy", "final rotation", "straightness, median"], rows)
+    return f"{table}\nWhat the monitor said:\n\n{''.join(said)}"
 
 
 def findings() -> str:
