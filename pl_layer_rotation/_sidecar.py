@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -30,6 +32,16 @@ from pl_layer_rotation._sharding import (
 )
 
 _DESCRIPTION = "reference.json"
+# All that the index of a folder of tensors is made of.
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+        *("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    **{module: {"PosixPath", "WindowsPath"} for module in ("pathlib", "pathlib._local")},
+}
 
 
 def write_sidecar(folder: Path, pieces: Mapping[str, Tensor], layers: Mapping[str, Tensor], first: bool) -> str:
@@ -87,7 +99,8 @@ def holds(folder: Path, fingerprint: str) -> bool:
 def read_sidecar(folder: Path, layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What this process holds of each layer's reference, cut as the layer is now. All processes must call it.
 
-    The folder's index is a pickle, as that of every distributed checkpoint: read folders that you trust.
+    The folder's index is a pickle, as that of every distributed checkpoint: one that holds anything but the description
+    of tensors is refused, and nothing in it executed.
 
     Args:
         folder: what :func:`write_sidecar` wrote, see :func:`holds`.
@@ -95,7 +108,7 @@ def read_sidecar(folder: Path, layers: Mapping[str, Tensor]) -> dict[str, Tensor
 
     """
     known = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))["layers"]
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = _Reader(folder).read_metadata().state_dict_metadata
     stored = {key: entry.size for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -119,6 +132,23 @@ def read_sidecar(folder: Path, layers: Mapping[str, Tensor]) -> dict[str, Tensor
     return found
 
 
+class _Reader(FileSystemReader):
+    """Looks at the index before torch unpickles it: a checkpoint may come from a stranger, and its folder with it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path, ".metadata"), "rb") as stream:
+            _Index(stream).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _INDEX_NAMES.get(module, ())
+        if known or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index holds {module}.{name}, which is no description of a tensor")
+
+
 def _parts(name: str, piece: Tensor, layer: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What this process gives to the checkpoint, by key: FSDP1 cuts layers where no distributed tensor can."""
     start = flat_start(layer)
@@ -135,7 +165,7 @@ def _is_run(key: str, name: str) -> bool:
 
 def _load(folder: Path, into: dict[str, Tensor]) -> None:
     with _quiet():
-        load(into, storage_reader=FileSystemReader(folder))
+        load(into, storage_reader=_Reader(folder))
 
 
 def _squares(pieces: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> dict[str, float]:

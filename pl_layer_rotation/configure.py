@@ -30,13 +30,13 @@ def layca_optimizers(
     module: nn.Module,
     lr: float | Literal["auto"] = 3**-3,
     base: BaseOptimizer = torch.optim.SGD,
+    *,
     plain_base: BaseOptimizer | None = None,
     plain_lr: float | None = None,
     schedule: Literal["constant", "cosine", "steps"] | Callable[[Optimizer], LRScheduler] | None = None,
     layer_multipliers: float | Mapping[str, float] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
-    *,
     warmup_steps: int = 0,
     leading_dims: int | Mapping[str, int] = 0,
     tangential: bool = True,
@@ -114,7 +114,15 @@ def layca_optimizers(
     _check(lr, plain_lr, schedule, warmup_steps)
     # The rate of "auto" is known only once the base has said its momentum.
     given = 1.0 if isinstance(lr, str) else lr
-    groups = layca_param_groups(module, given, plain_lr, layer_multipliers, include, exclude, leading_dims=leading_dims)
+    groups = layca_param_groups(
+        module,
+        given,
+        plain_lr=plain_lr,
+        layer_multipliers=layer_multipliers,
+        include=include,
+        exclude=exclude,
+        leading_dims=leading_dims,
+    )
 
     def make(params: Any) -> Layca:
         return Layca(params, given, base, plain_base=plain_base, tangential=tangential, **base_options)

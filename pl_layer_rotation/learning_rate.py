@@ -3,7 +3,7 @@
 import math
 
 
-def rotation_lr(steps: int, momentum: float = 0.0, distance: float | None = None) -> float:
+def rotation_lr(steps: int, momentum: float = 0.0, *, distance: float | None = None) -> float:
     r"""A learning rate for :class:`~pl_layer_rotation.Layca` from the number of optimizer steps.
 
     Without ``distance`` it is :math:`\frac{1}{9} \min(1, (1000/T)^{1/3}) / \sqrt{c}` with the momentum factor

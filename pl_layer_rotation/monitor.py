@@ -102,6 +102,8 @@ class LayerRotationMonitor(CallbackBase):
         every_n_steps: batches that stepped between readings; None takes the trainer's ``log_every_n_steps``.
         log_quantities: what goes to the loggers of each layer: ``"rotation"``, ``"angular_update"``,
             ``"norm_ratio"``, ``"straightness"``.
+        angular_update: whether to read angles of layers that the optimizer does not know, for which weights must be
+            copied: True, False, or ``"auto"``, where the copy takes no more than 1 GB in any process.
         reference: what to measure from: ``"init"``, the weights when training starts; or a state dict, or the path of
             one or of a Lightning checkpoint, for instance pretrained weights that are fine-tuned. Its keys are those of
             the module's own state dict; layers that it lacks are measured from the start of training, and a warning
@@ -113,8 +115,6 @@ class LayerRotationMonitor(CallbackBase):
             cosine distances below 3e-6 or 5e-8 mean nothing then.
         save_reference: whether checkpoints carry the weights to measure from (of sharded layers every process keeps
             them whole in host memory). Without them a resumed run measures from where it resumes, and says so.
-        angular_update: whether to read angles of layers that the optimizer does not know, for which weights must be
-            copied: True, False, or ``"auto"``, where the copy takes no more than 1 GB in any process.
         report: whether to print the table and write ``layer_rotation.html`` and ``layer_rotation.jsonl`` next to the
             logs: the file grows with every reading, the page is renewed after epochs and when training ends, also by
             an exception. ``"wandb"`` puts the page into the run of a ``WandbLogger`` too.
@@ -134,14 +134,15 @@ class LayerRotationMonitor(CallbackBase):
         self,
         include: list[str] | str | None = None,
         exclude: list[str] | str | None = None,
+        *,
         every_n_steps: int | None = None,
         log_quantities: list[str] | tuple[str, ...] = ("rotation",),
-        save_reference: bool = True,
-        report: bool | Literal["wandb"] = True,
+        angular_update: bool | Literal["auto"] = "auto",
         reference: str | os.PathLike[str] | Mapping[str, Any] = "init",
         reference_device: Literal["same", "cpu"] = "same",
         reference_dtype: str | torch.dtype | None = None,
-        angular_update: bool | Literal["auto"] = "auto",
+        save_reference: bool = True,
+        report: bool | Literal["wandb"] = True,
     ) -> None:
         super().__init__()
         check_reference(reference)

@@ -17,11 +17,11 @@ from pl_layer_rotation.layer_selection import select_layers
 def layca_param_groups(
     module: nn.Module,
     lr: float = 3**-3,
+    *,
     plain_lr: float | None = None,
     layer_multipliers: float | Mapping[str, float] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
-    *,
     leading_dims: int | Mapping[str, int] = 0,
 ) -> list[dict[str, Any]]:
     """Every trainable parameter of a module in exactly one group: ``rotating`` layers and ``plain`` all the rest.

@@ -54,7 +54,7 @@ def test_rates_by_hand(arguments: dict[str, Any], expected: float) -> None:
 @given(step_counts, step_counts, st.floats(0, 0.99), st.none() | st.floats(1e-6, 0.99))
 def test_longer_trainings_never_turn_faster(first: int, second: int, momentum: float, distance: float | None) -> None:
     fewer, more = sorted([first, second])
-    slow, fast = rotation_lr(more, momentum, distance), rotation_lr(fewer, momentum, distance)
+    slow, fast = rotation_lr(more, momentum, distance=distance), rotation_lr(fewer, momentum, distance=distance)
     assert 0 < slow <= fast < math.inf
 
 
@@ -62,7 +62,7 @@ def test_longer_trainings_never_turn_faster(first: int, second: int, momentum: f
 @given(step_counts, st.floats(0, 0.99), st.floats(0, 0.99), st.none() | st.floats(1e-6, 0.99))
 def test_more_momentum_never_turns_faster(steps: int, first: float, second: float, distance: float | None) -> None:
     less, more = sorted([first, second])
-    assert rotation_lr(steps, more, distance) <= rotation_lr(steps, less, distance)
+    assert rotation_lr(steps, more, distance=distance) <= rotation_lr(steps, less, distance=distance)
 
 
 @quick
@@ -75,7 +75,7 @@ def test_a_longer_way_never_turns_slower(steps: int, first: float, second: float
 @quick
 @given(step_counts, st.floats(0, 0.99), st.floats(1e-9, 0.99))
 def test_the_formula_of_the_random_walk_is_inverted(steps: int, momentum: float, distance: float) -> None:
-    square = (1 + momentum) / (1 - momentum) * rotation_lr(steps, momentum, distance) ** 2
+    square = (1 + momentum) / (1 - momentum) * rotation_lr(steps, momentum, distance=distance) ** 2
     assert -math.expm1(-steps / 2 * math.log1p(square)) == pytest.approx(distance, rel=1e-9, abs=0)
 
 
@@ -86,7 +86,7 @@ def test_the_formula_of_the_random_walk_is_inverted(steps: int, momentum: float,
     ids=lambda value: str(value),
 )
 def test_a_simulated_walk_reaches_the_distance(steps: int, momentum: float, distance: float) -> None:
-    lr = rotation_lr(steps, momentum, distance)
+    lr = rotation_lr(steps, momentum, distance=distance)
     assert reached_distance(steps, lr, momentum) == pytest.approx(distance, rel=0, abs=0.03)
 
 

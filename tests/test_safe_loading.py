@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from nets import Net, batches, trainer
 
 from pl_layer_rotation import LayerRotationMonitor, RotationHistory
+from pl_layer_rotation._sidecar import read_sidecar, write_sidecar
 from pl_layer_rotation.cli import main
 from pl_layer_rotation.report.offline_run import read_log
 
@@ -69,3 +70,20 @@ def test_a_reference_is_read_as_weights_only(hostile: tuple[Path, Path]) -> None
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         trainer(LayerRotationMonitor(reference=file, report=False), max_epochs=1).fit(Net(), batches())
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("payload", ["a function", "a class of torch", "a module's part"])
+def test_the_index_of_a_folder_of_references_holds_tensors_only(payload: str, tmp_path: Path) -> None:
+    weights = {"fc": torch.randn(3, 4), "half": torch.randn(3, 4).bfloat16()}
+    write_sidecar(tmp_path, weights, weights, first=True)
+    read = read_sidecar(tmp_path, weights)
+    assert all(torch.equal(read[name], weight) for name, weight in weights.items())
+    hostile = {
+        "a function": Payload(tmp_path / "mark"),
+        "a class of torch": torch.nn.Linear,
+        "a module's part": Path.touch,
+    }
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(hostile[payload], protocol=4))
+    with pytest.raises(pickle.UnpicklingError, match=r"its index holds .*, which is no description of a tensor"):
+        read_sidecar(tmp_path, weights)
+    assert not (tmp_path / "mark").exists()
