@@ -199,10 +199,10 @@ def test_nothing_of_sphinx_is_left_on_the_site(site: Path) -> None:
 
 
 def test_formulas_and_roles_become_markdown() -> None:
-    docstring = "Is :math:`\\frac{1}{2} x^{-3}`, see :func:`~pl_layer_rotation.Layca` and :meth:`step`::\n\nExample::\n"
+    docstring = "Is :math:`\\frac{1}{2} x^{-3}`, see :func:`~pl_layer_rotation.Layca` and :meth:`step`::\n\nExample::\n\n    >>> 1\n"
     assert load("docstrings.py").plain_markdown(docstring, "Layca") == (
         "Is *(1 / 2) x<sup>-3</sup>*, see [`Layca`][pl_layer_rotation.Layca] and [`step`][pl_layer_rotation.Layca.step]:\n\n"
-        "Examples:\n"
+        "Examples:\n    >>> 1\n"
     )
     with pytest.raises(ValueError, match=r"docs/docstrings\.py does not know a command in the formula '\\\\int x'\."):
         load("docstrings.py").plain_markdown(":math:`\\int x`", "Layca")
