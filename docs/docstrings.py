@@ -46,7 +46,8 @@ def plain_markdown(docstring: str, owner: str) -> str:
     text = _FORMULA.sub(lambda block: f"{block[1]}<p class='formula'>{_plain(block[2])}</p>\n", docstring)
     text = re.sub(r":math:`([^`]+)`", lambda formula: f"*{_plain(formula[1])}*", text)
     text = re.sub(r":\w+:`~?([\w.]+)`", lambda role: _link(role[1], owner), text)
-    text = re.sub(r"^( *)Example::$", r"\1Examples:", text, flags=re.MULTILINE)
+    # A section of its own, which an empty line after the title would prevent.
+    text = re.sub(r"^( *)Example::\n+(?=\1 )", r"\1Examples:\n", text, flags=re.MULTILINE)
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
 

@@ -149,7 +149,7 @@ def versions() -> str:
     measured = {name: version for file in ("optimizer", "monitor") for name, version in _of_versions(file)}
     required = [("python", project["requires-python"])]
     required += [re.match(r"([\w-]+)(.*)", entry).groups() for entry in project["dependencies"]]
-    rows = [[name, f"`{bound}`", measured.get(name, "not recorded")] for name, bound in required]
+    rows = [[name, f"`{bound}`", measured.get(name, "")] for name, bound in required]
     return _table(["", "accepted", "the committed results were measured with"], rows)
 
 
