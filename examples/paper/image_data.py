@@ -1,6 +1,6 @@
 """The images of MNIST, CIFAR-10, CIFAR-100 and Tiny ImageNet, as their publishers pack them, and batches of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ class ImageData(pl.LightningDataModule):
         self.test = TensorDataset(self.images.test[tested], self.images.test_labels[tested])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return _loader(self.train, _EpochBatches(len(self.train), self.plan.batch_size, self.seed))
+        return _loader(self.train, _EpochBatches(len(self.train), self.plan.batch_size, self.seed, self._epoch))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return _loader(self.validation, _Blocks(len(self.validation))) if len(self.validation) else []
@@ -103,6 +103,9 @@ class ImageData(pl.LightningDataModule):
         if self.task.augment and trainer is not None and trainer.training:
             images = shifted_and_mirrored(images)
         return images, labels
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
 
     def _subset(self, chosen: Tensor) -> TensorDataset:
         return TensorDataset(self.images.train[chosen], self.images.train_labels[chosen])
@@ -122,19 +125,17 @@ def shifted_and_mirrored(images: Tensor) -> Tensor:
 
 
 class _EpochBatches(Sampler[list[int]]):
-    """Shuffled batches of indices; Lightning says which epoch it is."""
+    """Shuffled batches of indices, in an order of its own for each epoch."""
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, count: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        # Asked, not told: Lightning's `set_epoch` starts at 0 again in a resumed training.
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, epoch
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_000 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 100_000 + self.epoch())
         return (block.tolist() for block in torch.randperm(self.count, generator=generator).split(self.batch_size))
 
 

@@ -54,7 +54,7 @@ def make_plan(task: Task, setting: Setting, train_images: int, test_images: int,
     held_out = int(available * task.validation_share)
     images, batch = available - held_out, task.batch_size
     if scale < 1:
-        images = max(1, round(images * share))
+        images = max(round(images * share), min(images, 2 * _SMALLEST_BATCH))
         batch = max(min(batch, images // _FEWEST_STEPS), min(_SMALLEST_BATCH, images))
         images -= images % batch
         held_out = max(1, round(held_out * share)) if held_out else 0

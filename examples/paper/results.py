@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,7 @@ class StudyFolder:
         return self.path / f"{setting}_seed{seed}.json"
 
     def checkpoint(self, setting: str, seed: int) -> Path:
-        return self.path / "unfinished" / f"{setting}_seed{seed}.ckpt"
+        return self.path / "unfinished" / f"{setting}_seed{seed}" / "last.ckpt"
 
     def rates(self, setting: str, seed: int) -> Path:
         return self.path / f"{setting}_seed{seed}.rates.pt"
@@ -112,8 +113,7 @@ class StudyFolder:
             "rotation": curves_by_epoch(finished.history, plan),
         }
         write_json(self.result(setting.name, seed), result)
-        for file in self.checkpoint(setting.name, seed).parent.glob(f"{setting.name}_seed{seed}.*ckpt"):
-            file.unlink()
+        shutil.rmtree(self.checkpoint(setting.name, seed).parent)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The finished trainings, in the order of the study's settings and of the seeds."""
@@ -131,7 +131,7 @@ def curves_by_epoch(history: RotationHistory, plan: Plan) -> dict[str, Any]:
     return {
         "layers": history.layer_names,
         "epochs": epochs,
-        "values": [[round(v, 5) if v == v else None for v in rows[ends[epoch]]] for epoch in epochs],
+        "values": [[float(f"{v:.5g}") if v == v else None for v in rows[ends[epoch]]] for epoch in epochs],
     }
 
 

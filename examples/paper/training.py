@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ def train(
         plan: length of the training.
         images: the data.
         seed: of weights, choice and order of images, augmentation and dropout.
-        checkpoint: file of the last finished epoch; a second one beside it where the best epoch counts.
+        checkpoint: file of the last whole epoch, in a folder of its own; where the best epoch counts, it is there too.
         rates: for a replay, the rate of every layer in every step.
         accelerator: Lightning's.
         callbacks: further ones.
@@ -159,7 +160,7 @@ def train(
     data = ImageData(images, task, plan, seed)
     monitor = LayerRotationMonitor(every_n_steps=1 if setting.records else plan.steps_per_epoch, report=False)
     keep = functools.partial(ModelCheckpoint, dirpath=checkpoint.parent, enable_version_counter=False)
-    best = keep(filename=f"{checkpoint.stem}.best", monitor="val_acc", mode="max") if task.selects_best else None
+    best = keep(filename="best", monitor="val_acc", mode="max") if task.selects_best else None
     last = keep(filename=checkpoint.stem, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         max_epochs=plan.epochs,
@@ -174,7 +175,9 @@ def train(
         log_every_n_steps=plan.steps_per_epoch,
     )
     resumed_from = _finished_epochs(checkpoint)
-    trainer.fit(model, data, ckpt_path=str(checkpoint) if resumed_from else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        trainer.fit(model, data, ckpt_path=str(checkpoint) if resumed_from else None)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("layer")}
     tested = trainer.test(model, data, ckpt_path=best.best_model_path if best else None, verbose=False)
     metrics |= {"test_acc": tested[0]["test_acc"], "seconds": time.perf_counter() - started}
