@@ -128,15 +128,17 @@ class _EpochBatches(Sampler[list[int]]):
     """Shuffled batches of indices, in an order of its own for each epoch."""
 
     def __init__(self, count: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        # Asked, not told: Lightning's `set_epoch` starts at 0 again in a resumed training.
         self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, epoch
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_000 + self.epoch())
-        return (block.tolist() for block in torch.randperm(self.count, generator=generator).split(self.batch_size))
+        # Asked with the first batch: a resumed training makes its iterator before it knows its epoch, and calls no
+        # hook at the start of that epoch. Augmentation and dropout follow the same seed, so that they go on as well.
+        torch.manual_seed(self.seed * 100_000 + self.epoch())
+        for block in torch.randperm(self.count).split(self.batch_size):
+            yield block.tolist()
 
 
 class _Blocks(Sampler[list[int]]):

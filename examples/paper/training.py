@@ -42,7 +42,7 @@ class Classifier(pl.LightningModule):
         task: what is learned.
         setting: optimizer, rate and schedule.
         plan: length of the training.
-        seed: of the initial weights, and of what is random in each epoch.
+        seed: of the initial weights.
         rates: for a replay, the rate of every layer in every step.
 
     """
@@ -51,17 +51,13 @@ class Classifier(pl.LightningModule):
         self, task: Task, setting: Setting, plan: Plan, seed: int, rates: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.task, self.setting, self.plan, self.seed, self.rates = task, setting, plan, seed, rates
+        self.task, self.setting, self.plan, self.rates = task, setting, plan, rates
         torch.manual_seed(seed)
         self.net = task.network()
         set_norm_momentum(self.net, plan.norm_momentum)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
-
-    def on_train_epoch_start(self) -> None:
-        # What is random in an epoch depends on nothing before it: a resumed training goes on as it would have.
-        torch.manual_seed(self.seed * 100_000 + self.current_epoch)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = self._loss(batch, "train")
