@@ -87,8 +87,8 @@ def accuracy_against_rotation(results: dict[str, list[Result]]) -> Figure:
             runs = [result for result in found if result["setting"] == name]
             points = [(final_distance(r, task), r["test_acc"]) for r in runs]
             axis.scatter(*zip(*points, strict=True), color=color, s=18, label=_power(name))
-        where = "of the first layer" if task == "MNIST" else "mean over layers"
-        axis.set(title=task, xlabel=f"final cosine distance, {where}", ylabel="test accuracy (%)")
+        where = " of the first layer" if task == "MNIST" else ", mean over layers"
+        axis.set(title=task, xlabel=f"final cosine distance{where}", ylabel="test accuracy (%)")
         axis.set_xlim(0, max(1.0, axis.get_xlim()[1]))
         axis.legend(fontsize=7, frameon=False)
     scale = {result["scale"] for found in results.values() for result in found}
@@ -181,5 +181,5 @@ def _colors(count: int) -> list[tuple[float, ...]]:
 
 def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)

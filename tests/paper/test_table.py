@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pictures
 import pytest
 import run
+from plans import make_plan
 from published import published
 from results import StudyFolder, write_json
 from studies import settings_of
 from table import distances, table_row
+from tasks import TASKS
 
 EPOCHS = 10
 
@@ -131,3 +134,20 @@ def test_without_matplotlib_the_command_says_what_to_install(written: Path, monk
     assert answer == "pictures need matplotlib, which is not installed. Run `uv pip install matplotlib`."
     monkeypatch.undo()
     importlib.import_module("pictures")
+
+
+RESULTS = Path(run.__file__).parents[1] / "results" / "paper"
+
+
+def test_the_committed_results_are_of_the_settings_that_the_study_has_now(tmp_path: Path) -> None:
+    """Claiming a folder of other settings is an error, and that of the same changes nothing."""
+    place = shutil.copytree(RESULTS / "mnist" / "MNIST", tmp_path / "MNIST")
+    settings = settings_of("mnist", "MNIST")
+    plans = [make_plan(TASKS["MNIST"], setting, 60_000, 10_000, 1.0) for setting in settings]
+    folder = StudyFolder(place, "mnist", "MNIST")
+    folder.claim(settings, plans, "IDX files")
+    found = list(folder.read())
+    seeds = {setting.name: [r["seed"] for r in found if r["setting"] == setting.name] for setting in settings}
+    assert len(set(map(tuple, seeds.values()))) == 1  # every rate with the same ones
+    assert all(result["train_acc"] > 99.9 for result in found)
+    assert all(result["versions"]["torch"] and result["machine"] and result["command"] for result in found)
