@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from image_files import DataError, read_cifar, read_folders, read_mnist, read_tiny_imagenet
+from errors import InputError
+from image_files import read_cifar, read_folders, read_mnist, read_tiny_imagenet
 from plans import Plan
 from tasks import Task
 from torch import Tensor, nn
@@ -38,11 +39,11 @@ def load_images(dataset: str, data_dir: Path, download: bool = False) -> Images:
         download: whether to get what is missing from the net.
 
     Raises:
-        DataError: If the folder or the data are not there, or not whole.
+        InputError: If the folder or the data are not there, or not whole.
 
     """
     if not data_dir.is_dir() and not download:
-        raise DataError(
+        raise InputError(
             f"`--data-dir` must be a folder that holds {dataset}, got {data_dir}, which does not exist. "
             "Name the right folder, or add --download."
         )

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from errors import InputError
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -13,10 +14,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 T = TypeVar("T")
-
-
-class DataError(Exception):
-    """Data that are not there or not whole; the message says what to do."""
 
 
 def read_mnist(folder: Path, download: bool) -> Parts:
@@ -56,7 +53,7 @@ def read_folders(folder: Path) -> Parts:
     )
     if train.classes != test.classes:
         different = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"{where} must have the same classes, got {different} in one of them only. Unpack them again.")
+        raise InputError(f"{where} must have the same classes, got {different} in one of them only. Unpack them again.")
     return (*_decode(train.samples), *_decode(test.samples))
 
 
@@ -64,7 +61,7 @@ def read_tiny_imagenet(folder: Path) -> Parts:
     """The 200 classes of 64×64 images. Its test labels are not public: the validation images serve as test set."""
     listed, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
     if not listed.is_file() or not annotations.is_file():
-        raise DataError(
+        raise InputError(
             f"`--data-dir` must hold Tiny ImageNet in a folder tiny-imagenet-200 with wnids.txt and "
             f"val/val_annotations.txt, got {folder}. torchvision cannot download it: get tiny-imagenet-200.zip from "
             "cs231n.stanford.edu and unpack it there."
@@ -77,7 +74,7 @@ def read_tiny_imagenet(folder: Path) -> Parts:
     short = [name for name, label in names.items() if counts[label] < counts.max()]
     missing = [Path(file).name for file, _ in test if not Path(file).is_file()]
     if short or missing or not train:
-        raise DataError(
+        raise InputError(
             f"{folder} must hold the same number of images for each class and all of the validation images, got "
             f"fewer for {short[:3] or list(names)[:3]} and {len(missing)} missing {missing[:3]}. Unpack the zip again."
         )
@@ -94,7 +91,7 @@ def _read(read: Callable[[], T], what: str, found: Path, download: bool) -> T:
             mend = f"Delete {found} and add --download."
         else:
             mend = "Name the folder that holds it, or add --download."
-        raise DataError(f"`--data-dir` must hold {what}, complete; reading it failed: {error}. {mend}") from error
+        raise InputError(f"`--data-dir` must hold {what}, complete; reading it failed: {error}. {mend}") from error
 
 
 def _decode(samples: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
@@ -103,7 +100,7 @@ def _decode(samples: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
         try:
             images.append(pil_to_tensor(default_loader(file)))
         except OSError as error:
-            raise DataError(f"{file} must be an image, got an error: {error}. Unpack the data again.") from error
+            raise InputError(f"{file} must be an image, got an error: {error}. Unpack the data again.") from error
     return torch.stack(images), torch.tensor([label for _, label in samples])
 
 

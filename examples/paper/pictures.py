@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from errors import InputError
 from results import FEATURES, StudyFolder
 from table import with_spread
 
@@ -22,7 +23,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
-    raise ValueError("pictures need matplotlib, which is not installed. Run `uv pip install matplotlib`.") from error
+    raise InputError("pictures need matplotlib, which is not installed. Run `uv pip install matplotlib`.") from error
 
 Result = dict[str, Any]
 _MOST_COLUMNS = 8
@@ -33,7 +34,7 @@ def draw(study: str, folders: Sequence[StudyFolder], output: Path) -> list[Path]
     results = {folder.task: list(folder.read()) for folder in folders}
     results = {task: found for task, found in results.items() if found}
     if not results:
-        raise ValueError(
+        raise InputError(
             f"`--output` must hold a finished setting of {study}, got none in {output}. Run the study first."
         )
     files = [output / f"{study}-{kind}" for kind in ("rotation.png", "accuracy.png", "rotation.html")]

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from errors import InputError
 from studies import Setting
 from tasks import Task
 
@@ -44,11 +45,11 @@ def make_plan(task: Task, setting: Setting, train_images: int, test_images: int,
         scale: 1 is the paper's length.
 
     Raises:
-        ValueError: If ``scale`` is not in (0, 1].
+        InputError: If ``scale`` is not in (0, 1].
 
     """
     if not 0 < scale <= 1:
-        raise ValueError(f"`--scale` must be above 0 and at most 1, got {scale:g}. 1 is the paper's length.")
+        raise InputError(f"`--scale` must be above 0 and at most 1, got {scale:g}. 1 is the paper's length.")
     share = math.sqrt(scale)
     available = train_images if task.per_class is None else min(train_images, 10 * task.per_class)
     held_out = int(available * task.validation_share)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from errors import InputError
 from plans import Plan
 from studies import Setting
 from torch import Tensor
@@ -21,10 +22,6 @@ from pl_layer_rotation import RotationHistory
 
 FEATURES = range(5, 10)  # the neurons of the first layer that the paper shows
 _PLAN = "plan.json"
-
-
-class FolderError(Exception):
-    """A folder that holds something else; the message says what to do."""
 
 
 class StudyFolder:
@@ -44,7 +41,7 @@ class StudyFolder:
         """Note what is run here, or check that it is what was run here before.
 
         Raises:
-            FolderError: If the folder holds other files, or results of other settings.
+            InputError: If the folder holds other files, or results of other settings.
 
         """
         asked = json.loads(
@@ -60,13 +57,13 @@ class StudyFolder:
         file = self.path / _PLAN
         if not file.is_file():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise FolderError(
+                raise InputError(
                     f"`--output` must name a new folder or one of this study, got {self.path}, which holds something "
                     "else. Name another folder."
                 )
             write_json(file, asked)
         elif (found := json.loads(file.read_text(encoding="utf-8"))) != asked:
-            raise FolderError(
+            raise InputError(
                 f"`--output` must name a new folder or one of the same settings, got {self.path}, where "
                 f"{_first_difference(found, asked)}. Name another folder, or repeat the options of the first run."
             )
@@ -89,7 +86,6 @@ class StudyFolder:
         percent = {
             name: round(100 * metrics[name], 2) for name in ("test_acc", "val_acc", "train_acc") if name in metrics
         }
-        device = finished.model.device
         result = {
             "study": self.study,
             "task": self.task,
@@ -103,7 +99,7 @@ class StudyFolder:
             "plan": asdict(plan),
             "data": source,
             "command": command,
-            "machine": machine(device),
+            "machine": machine(finished.device),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

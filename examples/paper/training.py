@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from errors import InputError
 from image_data import ImageData, Images
 from networks import set_norm_momentum
 from plans import Plan, rate_factor
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from studies import Setting
 from tasks import Task
 from torch import Tensor, nn
@@ -116,9 +117,10 @@ class Classifier(pl.LightningModule):
 
 
 class Finished(NamedTuple):
-    """What a training leaves: its network as it ended, its curves, its numbers."""
+    """What a training leaves: its network as it was tested, and where, its curves, its numbers."""
 
     model: Classifier
+    device: torch.device
     history: RotationHistory
     metrics: dict[str, float]
 
@@ -132,7 +134,6 @@ def train(
     checkpoint: Path,
     rates: Mapping[str, Tensor] | None = None,
     accelerator: str = "auto",
-    callbacks: tuple[Callback, ...] = (),
 ) -> Finished:
     """Train and test one setting; go on from its checkpoint if there is one.
 
@@ -145,10 +146,9 @@ def train(
         checkpoint: file of the last whole epoch, in a folder of its own; where the best epoch counts, it is there too.
         rates: for a replay, the rate of every layer in every step.
         accelerator: Lightning's.
-        callbacks: further ones.
 
     Raises:
-        ValueError: If the checkpoint cannot be read.
+        InputError: If the checkpoint cannot be read.
 
     """
     started = time.perf_counter()
@@ -163,7 +163,7 @@ def train(
         accelerator=accelerator,
         devices=1,
         logger=False,
-        callbacks=[monitor, last, *([best] if best else []), *callbacks],
+        callbacks=[monitor, last, *([best] if best else [])],
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if plan.validation_images else 0,
         enable_model_summary=False,
@@ -179,19 +179,19 @@ def train(
     metrics |= {"test_acc": tested[0]["test_acc"], "seconds": time.perf_counter() - started}
     if resumed_from:
         metrics["resumed_after_epoch"] = resumed_from
-    return Finished(model, monitor.history, metrics)
+    return Finished(model, trainer.strategy.root_device, monitor.history, metrics)
 
 
 def recorded_rates(history: RotationHistory, steps: int) -> dict[str, Tensor]:
     """The tangent of the angle by which each step turned each layer: Layca's rate that makes the same turn.
 
     Raises:
-        ValueError: If a step is missing, or the training diverged.
+        InputError: If a step is missing, or the training diverged.
 
     """
     angles = history.values("angular_update")
     if history.steps != list(range(1, steps + 1)) or not torch.isfinite(angles).all():
-        raise ValueError(
+        raise InputError(
             f"`history` must hold an angle of every layer in each of {steps} steps, got {len(history)} readings, "
             f"{int(torch.isnan(angles).sum())} of their angles undefined. The recorded training may have diverged."
         )
@@ -204,7 +204,7 @@ def _finished_epochs(checkpoint: Path) -> int:
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"]) + 1
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{checkpoint} must be the checkpoint of a stopped training, got an unreadable file. Delete it and the "
             "training starts anew."
         ) from error

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from errors import InputError
 from image_data import ImageData, load_images, shifted_and_mirrored
-from image_files import DataError
 from paper.small_images import pixels, random_images, write_cifar, write_folders, write_mnist, write_tiny_imagenet
 from plans import make_plan
 from studies import settings_of
@@ -51,18 +51,18 @@ def test_tiny_imagenet_from_its_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dataset", ["MNIST", "CIFAR-10", "CIFAR-100", "Tiny ImageNet"])
 def test_a_folder_that_is_not_there(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"a folder that holds {dataset}, got .*nowhere, which does not exist\."):
+    with pytest.raises(InputError, match=rf"a folder that holds {dataset}, got .*nowhere, which does not exist\."):
         load_images(dataset, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "CIFAR-10", "CIFAR-100"])
 def test_a_folder_without_the_data(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"must hold {dataset}'s .* Name the folder that holds it, or add --download"):
+    with pytest.raises(InputError, match=rf"must hold {dataset}'s .* Name the folder that holds it, or add --download"):
         load_images(dataset, tmp_path)
 
 
 def test_a_folder_without_tiny_imagenet_says_where_it_is_from(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"torchvision cannot download it: get tiny-imagenet-200\.zip from cs231n"):
+    with pytest.raises(InputError, match=r"torchvision cannot download it: get tiny-imagenet-200\.zip from cs231n"):
         load_images("Tiny ImageNet", tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_half_of_mnist(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"must hold MNIST's four files .* Delete .*MNIST and add --download"):
+    with pytest.raises(InputError, match=r"must hold MNIST's four files .* Delete .*MNIST and add --download"):
         load_images("MNIST", tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_half_of_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     file = tmp_path / CIFAR10.base_folder / "data_batch_1"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"must hold CIFAR-10's python version .* Delete .*batches-py and add --downl"):
+    with pytest.raises(InputError, match=r"must hold CIFAR-10's python version .* Delete .*batches-py and add --downl"):
         load_images("CIFAR-10", tmp_path)
 
 
@@ -86,21 +86,21 @@ def test_half_of_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_part_of_tiny_imagenet(lost: str, tmp_path: Path) -> None:
     write_tiny_imagenet(tmp_path)
     (tmp_path / "tiny-imagenet-200" / lost).unlink()
-    with pytest.raises(DataError, match=r"(fewer for \['n02'\]|\['val_1\.JPEG'\]).* Unpack the zip again"):
+    with pytest.raises(InputError, match=r"(fewer for \['n02'\]|\['val_1\.JPEG'\]).* Unpack the zip again"):
         load_images("Tiny ImageNet", tmp_path)
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     write_tiny_imagenet(tmp_path)
     (tmp_path / "tiny-imagenet-200" / "train" / "n01" / "images" / "n01_1.JPEG").write_bytes(b"\xff\xd8half")
-    with pytest.raises(DataError, match=r"n01_1\.JPEG must be an image, got an error: .* Unpack the data again"):
+    with pytest.raises(InputError, match=r"n01_1\.JPEG must be an image, got an error: .* Unpack the data again"):
         load_images("Tiny ImageNet", tmp_path)
 
 
 def test_folders_with_other_classes(tmp_path: Path) -> None:
     write_folders(tmp_path)
     (tmp_path / "cifar10" / "test" / "class3").rename(tmp_path / "cifar10" / "test" / "class33")
-    with pytest.raises(DataError, match=r"same classes, got \['class3', 'class33'\] in one of them only"):
+    with pytest.raises(InputError, match=r"same classes, got \['class3', 'class33'\] in one of them only"):
         load_images("CIFAR-10", tmp_path)
 
 

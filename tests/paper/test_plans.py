@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from errors import InputError
 from plans import make_plan, rate_factor
 from studies import STUDIES, Setting, settings_of
 from tasks import PAPER_TASKS, TASKS, Schedule
@@ -42,7 +43,7 @@ def test_mnist_learns_1000_images_of_each_digit_and_holds_none_out() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.5, float("nan")])
 def test_a_scale_is_a_share(scale: float) -> None:
-    with pytest.raises(ValueError, match=r"`--scale` must be above 0 and at most 1, got .* 1 is the paper's length"):
+    with pytest.raises(InputError, match=r"`--scale` must be above 0 and at most 1, got .* 1 is the paper's length"):
         make_plan(TASKS["MNIST"], first_setting("mnist", "MNIST"), 60_000, 10_000, scale)
 
 
