@@ -109,7 +109,7 @@ class StudyFolder:
             "rotation": curves_by_epoch(finished.history, plan),
         }
         write_json(self.result(setting.name, seed), result)
-        shutil.rmtree(self.checkpoint(setting.name, seed).parent)
+        shutil.rmtree(self.checkpoint(setting.name, seed).parent, ignore_errors=True)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The finished trainings, in the order of the study's settings and of the seeds."""

@@ -99,9 +99,7 @@ def run_study(study: str, task_name: str, options: argparse.Namespace) -> None:
     folder.claim(settings, plans, images.source)
     print(f"{study} on {task_name}: {', '.join(setting.name for setting in settings)}, results in {folder.path}")
     if options.scale == 1 and task.dataset != "MNIST" and not torch.accelerator.is_available():
-        print(
-            "  no GPU here, on which a training of the paper's length takes hours: --scale 0.02 is a fiftieth"
-        )
+        print("  no GPU here, on which a training of the paper's length takes hours: --scale 0.02 is a fiftieth")
     for seed in options.seeds:
         for setting, plan in zip(settings, plans, strict=True):
             if not chosen or setting.name in chosen:

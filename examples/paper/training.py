@@ -116,6 +116,14 @@ class Classifier(pl.LightningModule):
         return nn.functional.cross_entropy(logits, labels)
 
 
+class _LastEpoch(ModelCheckpoint):
+    """Every epoch in the place of the one before, but for the last: one stopped after it would have no curves left."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 class Finished(NamedTuple):
     """What a training leaves: its network as it was tested, and where, its curves, its numbers."""
 
@@ -155,15 +163,21 @@ def train(
     model = Classifier(task, setting, plan, seed, rates)
     data = ImageData(images, task, plan, seed)
     monitor = LayerRotationMonitor(every_n_steps=1 if setting.records else plan.steps_per_epoch, report=False)
-    keep = functools.partial(ModelCheckpoint, dirpath=checkpoint.parent, enable_version_counter=False)
-    best = keep(filename="best", monitor="val_acc", mode="max") if task.selects_best else None
-    last = keep(filename=checkpoint.stem, save_on_train_epoch_end=True)
+    best = ModelCheckpoint(
+        dirpath=checkpoint.parent, filename="best", monitor="val_acc", mode="max", enable_version_counter=False
+    )
+    last = _LastEpoch(
+        dirpath=checkpoint.parent,
+        filename=checkpoint.stem,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
     trainer = pl.Trainer(
         max_epochs=plan.epochs,
         accelerator=accelerator,
         devices=1,
         logger=False,
-        callbacks=[monitor, last, *([best] if best else [])],
+        callbacks=[monitor, last, *([best] if task.selects_best else [])],
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if plan.validation_images else 0,
         enable_model_summary=False,
@@ -175,7 +189,7 @@ def train(
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         trainer.fit(model, data, ckpt_path=str(checkpoint) if resumed_from else None)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("layer")}
-    tested = trainer.test(model, data, ckpt_path=best.best_model_path if best else None, verbose=False)
+    tested = trainer.test(model, data, ckpt_path=best.best_model_path if task.selects_best else None, verbose=False)
     metrics |= {"test_acc": tested[0]["test_acc"], "seconds": time.perf_counter() - started}
     if resumed_from:
         metrics["resumed_after_epoch"] = resumed_from

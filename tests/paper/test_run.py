@@ -34,6 +34,11 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
+def assert_same_files(one: Path, other: Path, pattern: str) -> None:
+    for file in one.rglob(pattern):
+        assert (other / file.relative_to(one)).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.timeout(300)  # imports alone take a minute on a busy machine
 def test_the_list_names_every_study_and_task() -> None:
     output = subprocess.run(
@@ -91,21 +96,22 @@ def test_a_study_from_files_is_run_once(
 
 
 @pytest.mark.parametrize(
-    ("study", "task", "setting"),
+    ("study", "task", "setting", "hook"),
     [
-        ("sgd-l2", "C100-resnet", "SGD+L2"),  # tests its best epoch
-        ("warmup", "C10-resnet110", "SGD+L2_warmup_5"),  # augments
-        ("replay", "C10-CNN1", "RMSprop"),  # records every step
-        ("mnist", "MNIST", "3^-2"),
+        ("sgd-l2", "C100-resnet", "SGD+L2", "on_train_epoch_start"),  # tests its best epoch
+        ("warmup", "C10-resnet110", "SGD+L2_warmup_5", "on_train_epoch_start"),  # augments
+        ("replay", "C10-CNN1", "RMSprop", "on_train_epoch_start"),  # records every step
+        ("mnist", "MNIST", "3^-2", "on_train_epoch_start"),
+        ("mnist", "MNIST", "3^-2", "on_test_start"),  # after its last epoch
     ],
 )
 def test_a_stopped_setting_ends_as_one_that_was_not_stopped(
-    study: str, task: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: str, task: str, setting: str, hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [study, "--task", task, "--settings", setting, "--scale", "1e-3", *QUICK, "--output"]
     assert run.main([*words, str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", lambda self: self.current_epoch < 2 or 1 / 0)
+        patch.setattr(Classifier, hook, lambda self: self.current_epoch < 2 or 1 / 0)
         with pytest.raises(ZeroDivisionError, match="division by zero"):
             run.main([*words, str(tmp_path / "stopped")])
     assert results(tmp_path / "stopped") == {}
@@ -114,12 +120,11 @@ def test_a_stopped_setting_ends_as_one_that_was_not_stopped(
     whole = results(tmp_path / "whole")[name]
     assert (stopped.pop("resumed_after_epoch"), whole.pop("resumed_after_epoch")) == (2, None)
     assert stopped | {"seconds": 0} == whole | {"seconds": 0}
-    for file, content in contents(tmp_path / "whole").items():
-        if file.endswith(".rates.pt"):
-            rates = [torch.load(tmp_path / part / file, weights_only=True) for part in ("whole", "stopped")]
-            assert all(torch.equal(rates[0][layer], rates[1][layer]) for layer in rates[0])
-        elif file.endswith(".features.json"):
-            assert (tmp_path / "stopped" / file).read_bytes() == content
+    assert_same_files(tmp_path / "whole", tmp_path / "stopped", "*.features.json")
+    for file in (tmp_path / "whole").rglob("*.rates.pt"):
+        rates = torch.load(file, weights_only=True)
+        again = torch.load(tmp_path / "stopped" / file.relative_to(tmp_path / "whole"), weights_only=True)
+        assert all(torch.equal(rates[layer], again[layer]) for layer in rates)
 
 
 def test_a_folder_of_another_scale_is_left_alone(tmp_path: Path) -> None:
