@@ -45,7 +45,7 @@ def test_the_list_names_every_study_and_task() -> None:
         [sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, timeout=280, check=True
     ).stdout
     assert all(f"\n  {name} " in output for name in (*STUDIES, *TASKS))
-    assert "MNIST             622,496 parameters in   2 layers" in output
+    assert re.search(r"MNIST +622,496 parameters in +2 layers, batch 2048\n", output)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def tiny_step(study: str, task: str) -> str:
     tangents = turned(model, before)
     assert len(tangents) == len(before)
     assert list(tangents.values()) == pytest.approx(layca_rates(task, setting), rel=5e-3)
-    return f"turns by {min(tangents.values()):.4f} to {max(tangents.values()):.4f}"
+    return f"turns by {min(tangents.values()):.2g} to {max(tangents.values()):.2g}"
 
 
 def layca_rates(task: str, setting: Setting) -> list[float]:
@@ -103,14 +103,15 @@ def scaled_run(study: str, task: str) -> str:
         words = [study, "--task", task, "--settings", *names, "--output", output, "--data-dir", output, *SMALL]
         assert run.main(words) == 0
         results = list(StudyFolder(Path(output, study, task), study, task).read())
-        left = list(Path(output, study, task, "unfinished").iterdir())
+        left = list(Path(output, study, task).glob("unfinished/*"))
     assert [result["setting"] for result in results] == names
     assert left == []
     (rotation,) = results[-1]["rotation"]["values"]
     assert len(rotation) == layers_of(task)
     assert all(0 <= distance < 1 for distance in rotation)
     assert max(rotation) > 1e-9
-    return f"{results[-1]['plan']['epochs']} epoch, {results[-1]['test_acc']:.1f} %"
+    plan = results[-1]["plan"]
+    return f"{plan['epochs'] * plan['steps_per_epoch']} steps, farthest layer {max(rotation):.2g}"
 
 
 @functools.cache
