@@ -9,7 +9,7 @@ Without --scale a training has the paper's length: hours on a GPU. With --scale 
 work, on a CPU too. Finished settings are skipped when a command is repeated, and one that was stopped goes on from its
 last whole epoch. Results are JSON files in --output; `table` and `pictures` read them, `pictures` with matplotlib
 (`uv run --with matplotlib …`). You should see of the MNIST study, which needs minutes on a CPU: all rates fit the
-training set, the first layer ends at distances of 0.90, 0.60, 0.30 and 0.11, and the test accuracy falls with them.
+training set, the first layer ends at distances of 0.90, 0.60, 0.30 and 0.11, and below 0.60 the test accuracy falls.
 """
 
 import argparse
