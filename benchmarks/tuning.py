@@ -1,0 +1,102 @@
+"""Can straightness tell the right learning rate from a glance at a few short runs?
+
+    uv run --no-dev --group benchmarks benchmarks/tuning.py fit --data-dir DATA
+    uv run --no-dev --group benchmarks benchmarks/tuning.py judge --data-dir DATA
+    uv run --no-dev --group benchmarks benchmarks/tuning_report.py
+
+With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains a ladder of rates on the tasks A and prints what the rules' constants were chosen by, ``judge`` trains
+what the methods and their rivals ask for on the tasks B, ``tuning_report.py`` makes the tables and figures of
+``docs/tuning.md`` out of both files. What was written down before the first B run is in ``tuning_plan.md``. Every run
+goes into the file ``--runs`` as it ends, and is not trained again.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import machine
+from tuning_rules import DECADE, DEFAULT_RATE, GRID, METHODS, STARTS, Show, Shown, rate, score
+from tuning_runs import OPTIMIZERS, Runs, read
+from tuning_tasks import SEEDS, TASKS
+
+SLOW = ("CIFAR conv", "CIFAR residual", "GPT, Shakespeare, long")
+LADDER = {"SGD": range(-11, 4), "AdamW": range(-15, 1), "Layca(SGD)": range(-11, 2), "Layca(AdamW)": range(-13, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learning rates by straightness, and their rivals.")
+    parser.add_argument("what", choices=("fit", "judge"))
+    parser.add_argument("--data-dir", type=Path, help="MNIST, CIFAR-10, Shakespeare; tasks without data are skipped")
+    parser.add_argument("--runs", type=Path, default=Path("tuning.jsonl"), help="file of finished runs")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="only these")
+    parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    group = "A" if arguments.what == "fit" else "B"
+    runs = Runs(arguments.runs, arguments.data_dir)
+    for seed in arguments.seeds or SEEDS[group]:
+        for name in arguments.tasks or [task.name for task in TASKS.values() if task.group == group]:
+            try:
+                runs.data(name, seed)
+            except FileNotFoundError as error:
+                print(f"SKIPPED {name}: {error}", flush=True)
+                continue
+            for optimizer in optimizers(name):
+                (ladder if group == "A" else judge)(runs, name, optimizer, seed)
+                print(f"{name}, {optimizer}, seed {seed}: {len(runs.done)} runs", flush=True)
+    if arguments.output:
+        write(arguments.output, read(arguments.runs))
+
+
+def optimizers(task: str) -> Sequence[str]:
+    """Layca over SGD is left out where a run takes more than a second."""
+    return [name for name in OPTIMIZERS if name != "Layca(SGD)" or task not in SLOW]
+
+
+def ladder(runs: Runs, task: str, optimizer: str, seed: int) -> None:
+    for place in LADDER[optimizer]:
+        runs.train(task, optimizer, rate(place), None, seed)
+
+
+def judge(runs: Runs, task: str, optimizer: str, seed: int) -> None:
+    """Train whatever the methods and their rivals ask for."""
+    grid = {(place, decay): runs.train(task, optimizer, rate(place), decay, seed) for place, decay in GRID[optimizer]}
+    best = max(grid, key=lambda point: score(grid[point], "val"))[0]
+    show = shower(runs, task, optimizer, seed)
+    for method in METHODS.values():
+        for decades in STARTS:
+            runs.train(task, optimizer, rate(method(best + DECADE * decades, show).place), None, seed)
+    runs.train(task, optimizer, DEFAULT_RATE[optimizer], None, seed)
+    suggestion = runs.find(task, optimizer, seed)["suggestion"]
+    if suggestion:
+        runs.train(task, optimizer, suggestion, None, seed)
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The runs, one a line, under what says where they come from."""
+    command = f"benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
+    head = json.dumps({"command": command, **machine("cpu")}, indent=1)
+    lines = ",\n".join(json.dumps(record) for record in sorted(records, key=lambda record: record["key"]))
+    path.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]\n}}\n', encoding="utf-8")
+
+
+def shower(runs: Any, task: str, optimizer: str, seed: int) -> Show:
+    """What a run at a place shows, trained when it is asked for."""
+
+    def show(place: int, share: float) -> Shown:
+        record = runs.train(task, optimizer, rate(place), None, seed, share)
+        reading = record.get(f"at_{round(100 * share)}") or {}
+        kappa, diverged = reading.get("kappa"), share == 1.0 and record["diverged"]
+        return Shown(kappa, diverged, score(record, "val") if share == 1.0 else float("nan"))
+
+    return show
+
+
+if __name__ == "__main__":
+    main()
