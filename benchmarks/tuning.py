@@ -4,10 +4,11 @@
     uv run --no-dev --group benchmarks benchmarks/tuning.py judge --data-dir DATA
     uv run --no-dev --group benchmarks benchmarks/tuning_report.py
 
-With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains a ladder of rates on the tasks A and prints what the rules' constants were chosen by, ``judge`` trains
-what the methods and their rivals ask for on the tasks B, ``tuning_report.py`` makes the tables and figures of
-``docs/tuning.md`` out of both files. What was written down before the first B run is in ``tuning_plan.md``. Every run
-goes into the file ``--runs`` as it ends, and is not trained again.
+With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains a ladder of
+rates on the tasks A, which the rules' constants were chosen on; ``judge`` trains what the methods and their rivals ask
+for on the tasks B; ``tuning_report.py`` makes the tables and figures of ``docs/tuning.md`` out of both files. What was
+written down before the first B run is in ``tuning_plan.md``. Every run goes into the file ``--runs`` as it ends, and is
+not trained again.
 """
 
 import argparse
