@@ -4,7 +4,7 @@
     uv run --no-dev --group benchmarks benchmarks/tuning.py judge --data-dir DATA
     uv run --no-dev --group benchmarks benchmarks/tuning_report.py
 
-With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains a ladder of
+With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains ladders of
 rates on the tasks A, which the rules' constants were chosen on; ``judge`` trains what the methods and their rivals ask
 for on the tasks B; ``tuning_report.py`` makes the tables and figures of ``docs/tuning.md`` out of both files. What was
 written down before the first B run is in ``tuning_plan.md``. Every run goes into the file ``--runs`` as it ends, and is
@@ -12,9 +12,8 @@ not trained again.
 """
 
 import argparse
+import itertools
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from contenders import machine
 from tuning_rules import DECADE, DEFAULT_RATE, GRID, METHODS, STARTS, Show, Shown, rate, score
-from tuning_runs import OPTIMIZERS, Runs, read
-from tuning_tasks import SEEDS, TASKS
+from tuning_runs import Runs, read
+from tuning_tasks import OPTIMIZERS, SEEDS, TASKS
+from tuning_trials import pack
 
 SLOW = ("CIFAR conv", "CIFAR residual", "GPT, Shakespeare, long")
 LADDER = {"SGD": range(-11, 4), "AdamW": range(-15, 1), "Layca(SGD)": range(-11, 2), "Layca(AdamW)": range(-13, 2)}
@@ -36,23 +36,29 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("tuning.jsonl"), help="file of finished runs")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, help="only these")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these, besides all rivals")
+    parser.add_argument("--no-training", action="store_true", help="only write what --runs holds")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     group = "A" if arguments.what == "fit" else "B"
     runs = Runs(arguments.runs, arguments.data_dir)
-    for seed in arguments.seeds or SEEDS[group]:
+    for seed in () if arguments.no_training else arguments.seeds or SEEDS[group]:
         for name in arguments.tasks or [task.name for task in TASKS.values() if task.group == group]:
             try:
                 runs.data(name, seed)
             except FileNotFoundError as error:
                 print(f"SKIPPED {name}: {error}", flush=True)
                 continue
-            for optimizer in optimizers(name):
-                (ladder if group == "A" else judge)(runs, name, optimizer, seed)
+            for optimizer in arguments.optimizers or optimizers(name):
+                if group == "A":
+                    ladder(runs, name, optimizer, seed)
+                else:
+                    judge(runs, name, optimizer, seed, arguments.methods or list(METHODS))
                 print(f"{name}, {optimizer}, seed {seed}: {len(runs.done)} runs", flush=True)
     if arguments.output:
-        write(arguments.output, read(arguments.runs))
+        write(arguments.output, arguments.what, read(arguments.runs))
 
 
 def optimizers(task: str) -> Sequence[str]:
@@ -65,26 +71,24 @@ def ladder(runs: Runs, task: str, optimizer: str, seed: int) -> None:
         runs.train(task, optimizer, rate(place), None, seed)
 
 
-def judge(runs: Runs, task: str, optimizer: str, seed: int) -> None:
+def judge(runs: Runs, task: str, optimizer: str, seed: int, methods: Sequence[str]) -> None:
     """Train whatever the methods and their rivals ask for."""
     grid = {(place, decay): runs.train(task, optimizer, rate(place), decay, seed) for place, decay in GRID[optimizer]}
     best = max(grid, key=lambda point: score(grid[point], "val"))[0]
     show = shower(runs, task, optimizer, seed)
-    for method in METHODS.values():
-        for decades in STARTS:
-            runs.train(task, optimizer, rate(method(best + DECADE * decades, show).place), None, seed)
+    for method, decades in itertools.product(methods, STARTS):
+        runs.train(task, optimizer, rate(METHODS[method](best + DECADE * decades, show).place), None, seed)
     runs.train(task, optimizer, DEFAULT_RATE[optimizer], None, seed)
     suggestion = runs.find(task, optimizer, seed)["suggestion"]
     if suggestion:
         runs.train(task, optimizer, suggestion, None, seed)
 
 
-def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, what: str, records: Sequence[dict[str, Any]]) -> None:
     """The runs, one a line, under what says where they come from."""
-    command = f"benchmarks/tuning.py {shlex.join(sys.argv[1:])}"
-    head = json.dumps({"command": command, **machine("cpu")}, indent=1)
-    lines = ",\n".join(json.dumps(record) for record in sorted(records, key=lambda record: record["key"]))
-    path.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]\n}}\n', encoding="utf-8")
+    command = f"benchmarks/tuning.py {what} --data-dir DATA"
+    text = json.dumps({"command": command, **machine("cpu"), **pack(records)})
+    path.write_text(text.replace(", [", ",\n[").replace(", {", ",\n{") + "\n", encoding="utf-8")
 
 
 def shower(runs: Any, task: str, optimizer: str, seed: int) -> Show:

@@ -26,7 +26,6 @@ from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation import layca_optimizers, select_layers
 from pl_layer_rotation._running_sums import RunningSums, straightness
 
-OPTIMIZERS = ("SGD", "AdamW", "Layca(SGD)", "Layca(AdamW)")
 MOMENTUM = 0.9  # of SGD, and the first beta of AdamW
 DECAY = {"SGD": 5e-4, "AdamW": 0.01}  # Layca's layers have none
 MARKS = (0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the run at which straightness is kept

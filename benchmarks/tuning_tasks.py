@@ -209,6 +209,7 @@ TASKS = {
         Task("GPT, Shakespeare, long", "B", "loss", 400, 8, lambda: GPT(48), shakespeare),
     )
 }
+OPTIMIZERS = ("SGD", "AdamW", "Layca(SGD)", "Layca(AdamW)")
 SEEDS = {"A": (0, 1, 2), "B": (10, 11, 12)}
 
 
