@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from contenders import machine
-from tuning_rules import DECADE, DEFAULT_RATE, GRID, METHODS, STARTS, Show, Shown, rate, score
+from tuning_rules import DECADE, DEFAULT_RATE, GRID, METHODS, REPAIRS, STARTS, Show, Shown, rate, score
 from tuning_runs import Runs, read
 from tuning_tasks import OPTIMIZERS, SEEDS, TASKS
 from tuning_trials import pack
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=TASKS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="*")
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, help="only these")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these, besides all rivals")
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *REPAIRS], help="only these, besides all rivals")
     parser.add_argument("--no-training", action="store_true", help="only write what --runs holds")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -77,7 +77,9 @@ def judge(runs: Runs, task: str, optimizer: str, seed: int, methods: Sequence[st
     best = max(grid, key=lambda point: score(grid[point], "val"))[0]
     show = shower(runs, task, optimizer, seed)
     for method, decades in itertools.product(methods, STARTS):
-        runs.train(task, optimizer, rate(METHODS[method](best + DECADE * decades, show).place), None, seed)
+        runs.train(
+            task, optimizer, rate({**METHODS, **REPAIRS}[method](best + DECADE * decades, show).place), None, seed
+        )
     runs.train(task, optimizer, DEFAULT_RATE[optimizer], None, seed)
     suggestion = runs.find(task, optimizer, seed)["suggestion"]
     if suggestion:

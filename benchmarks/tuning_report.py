@@ -172,8 +172,8 @@ def correlation_table(found: Mapping[tuple[str, str], Mapping[str, tuple[float, 
 def with_tables(text: str, made: Mapping[str, str]) -> str:
     """The page with each table between its two comments replaced."""
     for name, table in made.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}{match[2]}", text)
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if count != 1:
             raise ValueError(f"the page must have one table {name!r}, got {count}")
     return text

@@ -98,10 +98,10 @@ class Ladder:
         """All methods from all starts, and the rivals."""
         best = place_of(self.best["rate"])
         for name, method in METHODS.items():
-            for start in ONLY_FROM_BELOW.get(name, STARTS):
-                # What was not trained is left out, and the number of trials says so.
-                with contextlib.suppress(KeyError):
-                    yield self._trial(name, start, method(best + DECADE * start, self.show))
+            starts = ONLY_FROM_BELOW.get(name, STARTS)
+            # All starts or none: those whose runs happen to be there would be the easy ones.
+            with contextlib.suppress(KeyError):
+                yield from [self._trial(name, start, method(best + DECADE * start, self.show)) for start in starts]
         for name, value, spent in self._rivals():
             yield Trial(
                 *(self.task, self.optimizer, self.seed, name, 0, self.regret(self.run(value))),

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pl_layer_rotation import LayerRotationMonitor
+from pl_layer_rotation.report import suggestion
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("tuning_tasks", "tuning_rules", "tuning_runs", "tuning_trials", "tuning_report")
+KINDS = {"one whole run": "whole", "one run at 20 %": "probe", "valley of probes": "valley"}
 
 
 @pytest.fixture
@@ -111,6 +114,24 @@ def test_valley_and_below_keeps_what_validates_better(study: Any, scores: dict[i
     assert [asked for asked in show.asked if asked[1] == 1.0] == [(-4, 1.0), (-7, 1.0)]
 
 
+@pytest.mark.parametrize("distance", range(-6, 7))
+def test_the_repair_finds_the_first_valley_and_goes_downhill(study: Any, distance: int) -> None:
+    show = bowl(study, -4, {-4: 70.0, -6: 80.0, -8: 75.0})
+    assert study.rules.first_valley_downhill(-4 + distance, show).place == -6
+    assert [place for place, share in show.asked if share == 1.0] == [-4, -6, -8]
+
+
+def test_the_repair_is_not_led_astray_by_a_low_value_far_above(study: Any) -> None:
+    plain = bowl(study, -4)
+
+    def show(place: int, share: float) -> Any:
+        shown = plain(place, share)
+        return shown._replace(kappa=0.79) if place == 2 else shown
+
+    assert study.rules.valley(-2, show).place == 2
+    assert study.rules.first_valley_downhill(-2, show).place == -4
+
+
 def three_runs(study: Any, start: int, kappas: dict[int, float], scores: dict[int, float]) -> Any:
     def show(place: int, share: float) -> Any:
         return study.rules.Shown(kappas.get(place), place not in kappas, scores.get(place, math.nan))
@@ -148,3 +169,51 @@ def test_the_finder_is_lightnings(study: Any) -> None:
         found = study.runs.find(task, task.data(None, 0), "AdamW", 0.01, 0)
     assert found["steps"] <= 100
     assert 1e-8 < found["suggestion"] < 1
+
+
+def test_packed_records_come_back(study: Any) -> None:
+    task = study.tasks.TASKS["digits"]._replace(steps=40)
+    data = task.data(None, 0)
+    record = study.runs.train(task, data, "SGD", 0.1, 5e-4, 0)
+    finder = {
+        "key": "f",
+        "task": "digits",
+        "optimizer": "SGD",
+        "seed": 0,
+        "finder": True,
+        "suggestion": 0.1,
+        "steps": 9,
+    }
+    back_finder, back = study.trials.unpack(study.trials.pack([record, finder]))
+    assert back_finder == {name: value for name, value in finder.items() if name != "key"}
+    assert {name: back[name] for name in ("rate", "decay", "seed", "diverged", "test_accuracy", "val_loss")} == {
+        name: record[name] for name in ("rate", "decay", "seed", "diverged", "test_accuracy", "val_loss")
+    }
+    assert back["at_100"] == record["at_100"]
+    assert back["at_10"] == {"kappa": record["at_10"]["kappa"]}
+
+
+@pytest.fixture
+def judged(study: Any) -> Any:
+    return study.trials.load(BENCHMARKS / "results" / "tuning.json")
+
+
+def test_the_tables_of_the_page_are_what_the_results_say(study: Any, judged: Any) -> None:
+    page = (BENCHMARKS.parent / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert study.report.with_tables(page, study.report.tables(judged)) == page
+
+
+def test_the_package_has_the_studys_constants_and_their_measured_spread(study: Any, judged: Any) -> None:
+    assert study.rules.WHOLE_RUN[:3] == (*suggestion._WHOLE, suggestion._WHOLE_ABOVE)
+    assert study.rules.SHORT_RUN[:3] == (*suggestion._PROBE, suggestion._PROBE_ABOVE)
+    for name, ratios in study.trials.spreads(judged).items():
+        low, high = np.quantile(np.log10(ratios), (0.1, 0.9))
+        assert suggestion._SPREAD[KINDS[name]] == pytest.approx((10**low, 10**high), rel=0.03), name
+
+
+def test_spearman_and_regret_are_those_of_the_recorded_runs(judged: Any) -> None:
+    ladder = next(one for one in judged if (one.task, one.optimizer, one.seed) == ("MNIST", "AdamW", 10))
+    scores = {record["rate"]: 100 * record["test_accuracy"] for record in ladder.grid if record["decay"] == 0.01}
+    chosen = max(ladder.grid, key=lambda record: record["val_accuracy"])
+    assert ladder.regret(ladder.run(0.01)) == pytest.approx(100 * chosen["test_accuracy"] - scores[0.01], abs=0.02)
+    assert len(ladder.grid) == 12

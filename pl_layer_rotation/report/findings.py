@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.measures import Measures, number
+from pl_layer_rotation.report.suggestion import is_whole, median_straightness, rate_factor
 from pl_layer_rotation.report.text import between, listed, two_digits
 
 NOTHING = "No finding. This does not mean that the run is well tuned."
@@ -233,20 +234,18 @@ def straightness(run: Measures) -> list[Finding]:
     """
     if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
         return []
-    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
-    if not values or (median := statistics.median(values)) <= STRAIGHT:
+    median = median_straightness(run)
+    if not median > STRAIGHT:
         return []
-    advice = "try ×3"
-    return [
-        Finding(
-            "D",
-            (),
-            {"straightness": median},
-            f"The layers moved almost straight ({two_digits(median)} × a random walk of the same steps): "
-            f"the learning rate can probably rise; {advice}.",
-            advice,
-        )
-    ]
+    values = {"straightness": median}
+    said = f"The layers moved almost straight ({two_digits(median)} × a random walk of the same steps)"
+    if not is_whole(run):
+        advice = "try ×3"
+        return [Finding("D", (), values, f"{said}: the learning rate can probably rise; {advice}.", advice)]
+    factor = rate_factor(median)
+    advice = f"try ×{two_digits(factor)}"
+    sentence = f"{said}: the best learning rate is probably about {two_digits(factor)} times higher."
+    return [Finding("D", (), {**values, "factor": factor}, sentence, advice)]
 
 
 def stopped_early(run: Measures) -> list[Finding]:

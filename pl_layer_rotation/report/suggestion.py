@@ -58,19 +58,30 @@ def rate_factor(straightness: float) -> float:
     return _WHOLE[0] * straightness ** _WHOLE[1] if straightness > _WHOLE_ABOVE else math.nan
 
 
+def median_straightness(run: Measures) -> float:
+    """Over the layers that moved; NaN where it is not known."""
+    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
+    return statistics.median(values) if values else math.nan
+
+
+def is_whole(run: Measures) -> bool:
+    """Whether enough of the run is over for the constants that were fitted at its end."""
+    return run.end >= _WHOLE_SHARE * run.total
+
+
 def _from_one(history: RotationHistory) -> RateSuggestion:
     if not history.steps or not history.layer_names:
         return _nothing("There are no readings yet")
     run = Measures(history)
     if not run.moving and run.still and not run.lost:
         return _suggestion(history, _TOO_SMALL, math.nan, None, "The layers hardly turned, too little to read")
-    kappa = _median(run)
+    kappa = median_straightness(run)
     share = run.end / run.total
     if math.isnan(kappa):
         return _nothing("Straightness is not known: the optimizer's momentum was not recorded, or no layer moved")
     if run.readings < _FEWEST_READINGS or share < _EARLIEST:
         return _nothing(f"Straightness needs {_FEWEST_READINGS} angles and a tenth of the run", kappa)
-    whole = share >= _WHOLE_SHARE
+    whole = is_whole(run)
     if not whole and not _PROBE_SHARES[0] <= share <= _PROBE_SHARES[1]:
         return _nothing("One run was tested at 20 % of its steps and at the end, not here", kappa)
     (factor, exponent), above = (_WHOLE, _WHOLE_ABOVE) if whole else (_PROBE, _PROBE_ABOVE)
@@ -89,7 +100,12 @@ def _from_valley(histories: Sequence[RotationHistory]) -> RateSuggestion:
     read: dict[float, tuple[float, RotationHistory]] = {}
     for history in histories:
         rate = number(history.facts, "learning_rate")
-        if rate and history.steps and history.layer_names and math.isfinite(kappa := _median(Measures(history))):
+        if (
+            rate
+            and history.steps
+            and history.layer_names
+            and math.isfinite(kappa := median_straightness(Measures(history)))
+        ):
             read[rate] = (kappa, history)
     if len(read) < 3:
         return _nothing(f"Straightness could be read at {len(read)} different rates, and needs three")
@@ -102,12 +118,6 @@ def _from_valley(histories: Sequence[RotationHistory]) -> RateSuggestion:
         return _suggestion(history, factor, kappa, None, f"Straightness is lowest at the {side} of the rates")
     why = f"Of {len(rates)} rates, straightness is lowest here ({two_digits(kappa)} × a random walk of the same steps)"
     return _suggestion(history, 1.0, kappa, _SPREAD["valley"], why)
-
-
-def _median(run: Measures) -> float:
-    """Straightness, over the layers that moved."""
-    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
-    return statistics.median(values) if values else math.nan
 
 
 def _nothing(why: str, kappa: float = math.nan) -> RateSuggestion:
