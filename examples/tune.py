@@ -194,9 +194,22 @@ def main() -> None:
             print(f"ladder, {rate:.3g}: validation loss {loss:.4f}")
         print(f"best of the ladder: {min(losses, key=losses.__getitem__):.3g}")
     if arguments.output:
-        numbers = {"lr": tuned.lr, "straightness": tuned.straightness, "scores": tuned.scores, "ladder": losses}
-        command = f"examples/tune.py --lr {arguments.lr:g} --max-epochs {arguments.max_epochs} --ladder"
-        arguments.output.write_text(json.dumps({"command": command, **numbers}, indent=1) + "\n", encoding="utf-8")
+        options = f"--lr {arguments.lr:g} --max-epochs {arguments.max_epochs}{' --ladder' * arguments.ladder}"
+        versions = {"torch": torch.__version__, "pytorch-lightning": pl.__version__}
+        tables = {"straightness": tuned.straightness, "scores": tuned.scores, "ladder": losses}
+        numbers = {
+            "lr": float(f"{tuned.lr:.3g}"),
+            **{
+                name: {f"{rate:.3g}": rounded(value) for rate, value in table.items()} for name, table in tables.items()
+            },
+        }
+        report = {"command": f"examples/tune.py {options}", "seed": 0, "device": "cpu", "versions": versions, **numbers}
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(value: float) -> float | None:
+    """For the file, which knows no infinity."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

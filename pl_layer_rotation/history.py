@@ -306,13 +306,10 @@ class RotationHistory:
         return findings(self)
 
     def suggest_lr(self, *others: "RotationHistory") -> "RateSuggestion":
-        """The learning rate to try next (see ``pl_layer_rotation.report.suggestion``; tested in ``docs/tuning.md``).
+        """The learning rate to try next, from how straight the layers moved (how well that does: ``docs/tuning.md``).
 
         Args:
             *others: histories of runs that differ in the learning rate alone, each stopped after the same steps.
-
-        Raises:
-            ValueError: If the runs are not equally long.
 
         """
         from pl_layer_rotation.report.suggestion import suggest_lr

@@ -230,7 +230,8 @@ def straightness(run: Measures) -> list[Finding]:
 
     Hits: learning rates of at most a 30th of the best 16/17 and (other tasks) 4/4, a tenth of the best 4/15 and 2/2,
     AdamW with eps 0.1 4/5. In ladders of rates it fired 47 times, and the next larger rate gave a lower loss 47/47.
-    Needs 30 angles and a tenth of the run.
+    Needs 30 angles and a tenth of the run. How much higher the best rate is was judged on other tasks: see
+    ``docs/tuning.md``, and :meth:`RotationHistory.suggest_lr` for its spread. From the second half of a run on.
     """
     if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
         return []
