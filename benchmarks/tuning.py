@@ -4,11 +4,11 @@
     uv run --no-dev --group benchmarks benchmarks/tuning.py judge --data-dir DATA
     uv run --no-dev --group benchmarks benchmarks/tuning_report.py
 
-With ``--output`` the first two write ``results/tuning_fit.json`` and ``results/tuning.json``. ``fit`` trains ladders of
-rates on the tasks A, which the rules' constants were chosen on; ``judge`` trains what the methods and their rivals ask
-for on the tasks B; ``tuning_report.py`` makes the tables and figures of ``docs/tuning.md`` out of both files. What was
-written down before the first B run is in ``tuning_plan.md``. Every run goes into the file ``--runs`` as it ends, and is
-not trained again.
+``fit`` trains ladders of rates on the tasks A, which the rules' constants were chosen on; ``judge`` trains what the
+methods and their rivals ask for on the tasks B. ``--output results/tuning_fit.json``, ``results/tuning.json`` and, with
+``--seeds 20 21 22 --methods "valley and below" "first valley, downhill"``, ``results/tuning_repair.json`` are what
+``tuning_report.py`` makes the tables and figures of ``docs/tuning.md`` of. What was written down before each of them is
+in ``tuning_plan.md``. Every run goes into the file ``--runs`` as it ends, and is not trained again.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
                     judge(runs, name, optimizer, seed, arguments.methods or list(METHODS))
                 print(f"{name}, {optimizer}, seed {seed}: {len(runs.done)} runs", flush=True)
     if arguments.output:
-        write(arguments.output, arguments.what, read(arguments.runs))
+        write(arguments.output, arguments, read(arguments.runs))
 
 
 def optimizers(task: str) -> Sequence[str]:
@@ -86,9 +86,11 @@ def judge(runs: Runs, task: str, optimizer: str, seed: int, methods: Sequence[st
         runs.train(task, optimizer, suggestion, None, seed)
 
 
-def write(path: Path, what: str, records: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, arguments: argparse.Namespace, records: Sequence[dict[str, Any]]) -> None:
     """The runs, one a line, under what says where they come from."""
-    command = f"benchmarks/tuning.py {what} --data-dir DATA"
+    options = [f"--seeds {' '.join(map(str, arguments.seeds))}"] if arguments.seeds else []
+    options += ["--methods " + " ".join(f'"{name}"' for name in arguments.methods)] if arguments.methods else []
+    command = " ".join(["benchmarks/tuning.py", arguments.what, "--data-dir DATA", *options])
     text = json.dumps({"command": command, **machine("cpu"), **pack(records)})
     path.write_text(text.replace(", [", ",\n[").replace(", {", ",\n{") + "\n", encoding="utf-8")
 

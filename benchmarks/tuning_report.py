@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuning_rules import METHODS
+from tuning_rules import METHODS, REPAIRS
 from tuning_trials import CAP, DEFAULT, FINDER, RANDOM, Ladder, Trial, correlations, load, spreads
 
 HERE = Path(__file__).parent
@@ -41,13 +41,19 @@ def by(trials: Sequence[Trial], *names: str) -> dict[Any, list[Trial]]:
     return groups
 
 
-def summary_table(trials: Sequence[Trial]) -> str:
-    """All methods over all tasks and optimizers: what a user may expect."""
+def of_ladders_with(method: str, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials on the same ladders as this method's, to compare like with like."""
+    groups = by(trials, "task", "optimizer", "seed").values()
+    return [trial for group in groups if any(one.method == method for one in group) for trial in group]
+
+
+def summary_table(trials: Sequence[Trial], names: Sequence[str] = (*METHODS, FINDER, DEFAULT, RANDOM)) -> str:
+    """Methods over all tasks and optimizers: what a user may expect."""
     rows = [
-        "| | steps (runs) | mean regret | median | 90 % | above 1 point | largest | rate off by more than ×10 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | steps (runs) | mean regret | median | 90 % | above 1 point | of cells | largest | rate off by > ×10 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in (*METHODS, FINDER, DEFAULT, RANDOM):
+    for name in names:
         own = [trial for trial in trials if trial.method == name]
         if not own:
             continue
@@ -57,17 +63,17 @@ def summary_table(trials: Sequence[Trial]) -> str:
         wrong = "-" if name == RANDOM else f"{len(off)} of {len(own)}"
         above = sum(value > GOAL for value in regrets)
         most = max(trial.cost for trial in own)
+        cells = [capped(group) > GOAL for group in by(own, "task", "optimizer", "start").values()]
         rows.append(
             f"| {name} | {mean([t.cost for t in own]):.1f}, at most {most:.1f} | {capped(own):.2f} | "
             f"{quantile(regrets, 0.5):.2f} | {quantile(regrets, 0.9):.1f} | {above} of {len(own)} | "
-            f"{regrets[-1]:.1f} | {wrong} |"
+            f"{sum(cells)} of {len(cells)} | {regrets[-1]:.1f} | {wrong} |"
         )
     return "\n".join(rows)
 
 
-def task_table(trials: Sequence[Trial]) -> str:
+def task_table(trials: Sequence[Trial], names: Sequence[str]) -> str:
     """Regret by task and optimizer: mean and standard deviation over seeds, and the worst start."""
-    names = ("valley and below", "valley", "three runs", "one probe", FINDER, DEFAULT, RANDOM)
     rows = ["| task, optimizer | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for (task, optimizer), group in by(trials, "task", "optimizer").items():
         cells = [regret_cell([trial for trial in group if trial.method == name]) for name in names]
@@ -132,9 +138,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=DOCS / "tuning.md")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the tables differ")
     arguments = parser.parse_args()
-    fitted, judged = (load(arguments.results / name) for name in ("tuning_fit.json", "tuning.json"))
+    names = ("tuning_fit.json", "tuning.json", "tuning_repair.json")
+    fitted, judged, repaired = (load(arguments.results / name) for name in names)
     text = arguments.page.read_text(encoding="utf-8")
-    renewed = with_tables(text, tables(judged))
+    renewed = with_tables(text, tables(judged, repaired))
     if arguments.check:
         sys.exit(0 if renewed == text else f"the tables of {arguments.page} are not what the results say")
     arguments.page.write_text(renewed, encoding="utf-8")
@@ -145,13 +152,18 @@ def main() -> None:
     draw_generalization(correlations([*fitted, *judged]), arguments.page.parent / "tuning-generalization.png")
 
 
-def tables(judged: Sequence[Ladder]) -> dict[str, str]:
+def tables(judged: Sequence[Ladder], repaired: Sequence[Ladder]) -> dict[str, str]:
     """Every table of the page by its name."""
     trials = [trial for ladder in judged for trial in ladder.trials()]
+    both = {PRIMARY: METHODS[PRIMARY], **REPAIRS}
+    fresh = [trial for ladder in repaired for trial in ladder.trials(both)]
     return {
         "summary": summary_table(trials),
+        "paired": summary_table(of_ladders_with("three runs", trials)),
         "goal": goal_table(trials, PRIMARY),
-        "tasks": task_table(trials),
+        "tasks": task_table(trials, (*METHODS, FINDER, DEFAULT, RANDOM)),
+        "repair": summary_table(fresh, tuple(both)),
+        "repair tasks": task_table(fresh, tuple(both)),
         "spread": spread_table(judged),
         "correlations": correlation_table(correlations(judged)),
     }

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from tuning_rules import (
     STARTS,
     WHOLE_RUN,
     Outcome,
+    Show,
     Shown,
     place_of,
     rate,
@@ -94,10 +95,10 @@ class Ladder:
         """Points of the test score under the grid's choice."""
         return score(self.best, "test") - score(record, "test")
 
-    def trials(self) -> Iterator[Trial]:
+    def trials(self, methods: Mapping[str, Callable[[int, Show], Outcome]] = METHODS) -> Iterator[Trial]:
         """All methods from all starts, and the rivals."""
         best = place_of(self.best["rate"])
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             starts = ONLY_FROM_BELOW.get(name, STARTS)
             # All starts or none: those whose runs happen to be there would be the easy ones.
             with contextlib.suppress(KeyError):
