@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from pl_layer_rotation.report.findings import Finding
+    from pl_layer_rotation.report.suggestion import RateSuggestion
 
 _FORMAT = "pl-layer-rotation history"
 _VERSION = 1
@@ -371,6 +372,17 @@ class RotationHistory:
         from pl_layer_rotation.report.findings import findings
 
         return findings(self)
+
+    def suggest_lr(self, *others: "RotationHistory") -> "RateSuggestion":
+        """The learning rate to try next, from how straight the layers moved (how well that does: ``docs/tuning.md``).
+
+        Args:
+            *others: histories of runs that differ in the learning rate alone, each stopped after the same steps.
+
+        """
+        from pl_layer_rotation.report.suggestion import suggest_lr
+
+        return suggest_lr(self, *others)
 
 
 def log_keys(layer_names: Sequence[str], quantity: str = "rotation") -> list[str]:

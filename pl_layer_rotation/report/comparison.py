@@ -3,15 +3,14 @@
 import json
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.findings import STRAIGHT, finding_lines, median_straightness
-from pl_layer_rotation.report.measures import Measures, number
-from pl_layer_rotation.report.text import listed, three_digits
+from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
+from pl_layer_rotation.report.measures import Measures, number, rank_correlation, read_straightness
+from pl_layer_rotation.report.text import count, listed, three_digits
 
 Mode = Literal["min", "max"]
 Quantity = Literal["mean", "straightness"]
@@ -188,7 +187,7 @@ def headline(comparison: Comparison) -> list[str]:
         )
     if straight:
         above = sum(value > STRAIGHT for value in straight)
-        sentences.append(f"{above} of {_count(len(straight), 'run')} had a median straightness above {STRAIGHT}.")
+        sentences.append(f"{above} of {count(len(straight), 'run')} had a median straightness above {STRAIGHT}.")
     return sentences or ["No run has a defined rotation yet."]
 
 
@@ -226,7 +225,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """
     if len(first) < FEWEST or len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return statistics.correlation(_ranks(first), _ranks(second))
+    return rank_correlation(first, second)
 
 
 def _summary(name: str, history: RotationHistory, metric: float | None) -> Summary:
@@ -245,7 +244,7 @@ def _summary(name: str, history: RotationHistory, metric: float | None) -> Summa
 
 
 def _straightness(history: RotationHistory) -> float | None:
-    return median_straightness(Measures(history)) if history.steps and history.layer_names else None
+    return read_straightness(Measures(history)) if history.steps and history.layer_names else None
 
 
 def _metrics(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -292,27 +291,9 @@ def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(ordered):
-        end = start
-        while end < len(ordered) and values[ordered[end]] == values[ordered[start]]:
-            end += 1
-        for index in ordered[start:end]:
-            ranks[index] = (start + end - 1) / 2
-        start = end
-    return ranks
-
-
 def _mean(run: Summary) -> float:
     return math.nan if run.mean is None else run.mean
 
 
 def _metric_text(value: float | None) -> str:
     return three_digits(math.nan if value is None else value)
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")

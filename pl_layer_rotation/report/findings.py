@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.measures import Measures, number
+from pl_layer_rotation.report.measures import FEWEST_READINGS, Measures, number, rank_correlation, read_straightness
+from pl_layer_rotation.report.suggestion import is_whole, rate_factor
 from pl_layer_rotation.report.text import between, listed, two_digits
 
 NOTHING = "No finding. This does not mean that the run is well tuned."
@@ -34,8 +35,6 @@ EQUILIBRIUM_NORM = 0.1  # change of the logarithm of the norm
 EQUILIBRIUM_TIMES = 3.6  # time constants of weight decay after which it was observed
 
 _END = 0.8  # of the run, where its last part begins
-_FEWEST_READINGS = 30  # of angles: with 12, 7 of 61 healthy runs had a wrong finding
-_EARLIEST = 0.1  # of the run: from here on straightness can be read while it trains
 
 
 @dataclass(frozen=True)
@@ -234,33 +233,21 @@ def straightness(run: Measures) -> list[Finding]:
 
     Hits: learning rates of at most a 30th of the best 16/17 and (other tasks) 4/4, a tenth of the best 4/15 and 2/2,
     AdamW with eps 0.1 4/5. In ladders of rates it fired 47 times, and the next larger rate gave a lower loss 47/47.
-    Needs 30 angles and a tenth of the run.
+    Needs 30 angles and a tenth of the run. From the half of a run on it says how much higher the best rate is, which
+    was judged on other tasks: see ``docs/tuning.md``, and :meth:`RotationHistory.suggest_lr` for the spread.
     """
-    median = median_straightness(run)
+    median = read_straightness(run)
     if median is None or median <= STRAIGHT:
         return []
-    advice = "try ×3"
-    return [
-        Finding(
-            "D",
-            (),
-            {"straightness": median},
-            f"The layers moved almost straight ({two_digits(median)} × a random walk of the same steps): "
-            f"the learning rate can probably rise; {advice}.",
-            advice,
-        )
-    ]
-
-
-def median_straightness(run: Measures) -> float | None:
-    """Median over the layers that moved; None with fewer than 30 angles, or before a tenth of the run is over.
-
-    A run read back from W&B may know no more than the median itself.
-    """
-    if run.readings < _FEWEST_READINGS or run.end < _EARLIEST * run.total:
-        return None
-    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
-    return statistics.median(values) if values else number(run.facts, "median_straightness")
+    values = {"straightness": median}
+    said = f"The layers moved almost straight ({two_digits(median)} × a random walk of the same steps)"
+    if not is_whole(run):
+        advice = "try ×3"
+        return [Finding("D", (), values, f"{said}: the learning rate can probably rise; {advice}.", advice)]
+    factor = rate_factor(median)
+    advice = f"try ×{two_digits(factor)}"
+    sentence = f"{said}: the best learning rate is probably about {two_digits(factor)} times higher."
+    return [Finding("D", (), {**values, "factor": factor}, sentence, advice)]
 
 
 def stopped_early(run: Measures) -> list[Finding]:
@@ -303,7 +290,7 @@ def early_shock(run: Measures) -> list[Finding]:
     False alarms 1/80 (a run that ended 0.13 nats above its sister seeds). Hits: AdamW without warm-up 4/6, learning
     rate of nine times the best or more 3/15. Warm-up gained 1 to 4 % in the 4 flagged. Needs every step of the start.
     """
-    if not run.dense or int(run.thetas.isfinite().any(1).sum()) < _FEWEST_READINGS:
+    if not run.dense or int(run.thetas.isfinite().any(1).sum()) < FEWEST_READINGS:
         return []
     usual = {i: float(run.thetas[:, i].nanquantile(0.95)) for i in run.moving}
     ratios = {i: run.peak[i] / usual[i] for i in run.moving if usual[i] > 0 and math.isfinite(run.peak[i])}
@@ -360,7 +347,7 @@ def uneven_over_depth(run: Measures) -> list[Finding]:
         return []
     third = len(angles) // 3
     first, last = math.fsum(angles[:third]) / third, math.fsum(angles[-third:]) / third
-    rank = _rank_correlation(angles)
+    rank = rank_correlation(angles, range(len(angles)))
     if max(first, last) <= UNEVEN_RATIO * min(first, last) or abs(rank) <= UNEVEN_RANK or (last > first) != (rank > 0):
         return []
     verb, advice = ("rises", "Try Layca with equal rates") if last > first else ("falls", "")
@@ -431,13 +418,6 @@ def _of(run: Measures, *rules: Callable[[Measures], list[Finding]]) -> list[Find
 
 def _fast(run: Measures) -> list[int]:
     return [i for i, (ratio, _) in run.relative_paths().items() if ratio > AHEAD]
-
-
-def _rank_correlation(values: Sequence[float]) -> float:
-    """Spearman's correlation of values with their order; equal values share a rank."""
-    ranks = [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values]
-    # All equal: no order to correlate with.
-    return statistics.correlation(ranks, range(len(values))) if len(set(ranks)) > 1 else 0.0
 
 
 def _its(names: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation.history import RotationHistory
 
+FEWEST_READINGS = 30  # of angles: with 12, 7 of 61 healthy runs had a wrong finding
+EARLIEST = 0.1  # of the run: from here on straightness can be read while it trains
 _ALMOST_ALL = 0.99  # of a path
 _DENSE, _MOST_DENSE = 0.1, 1000  # share of the run, and steps, at the start in which no step's angle may be missed
 
@@ -121,6 +123,32 @@ class Measures:
     def called(self, layers: Sequence[int]) -> tuple[str, ...]:
         """Names of layers."""
         return tuple(self.names[i] for i in layers)
+
+
+def median_straightness(run: Measures) -> float | None:
+    """Over the layers that moved; None where it is not known.
+
+    A run read back from W&B may know no more than the median itself.
+    """
+    values = [value for i in run.moving if math.isfinite(value := run.straightness[i])]
+    return statistics.median(values) if values else number(run.facts, "median_straightness")
+
+
+def read_straightness(run: Measures) -> float | None:
+    """The same; None with fewer than 30 angles too, or before a tenth of the run is over."""
+    enough = run.readings >= FEWEST_READINGS and run.end >= EARLIEST * run.total
+    return median_straightness(run) if enough else None
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's; equal values share the mean of their ranks, and where all of one are equal it is 0."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return 0.0
+    return statistics.correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values]
 
 
 def _last(values: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.findings import STRAIGHT, findings, median_straightness
-from pl_layer_rotation.report.measures import Measures, random_walk
-from pl_layer_rotation.report.text import listed, origin, three_digits
+from pl_layer_rotation.report.findings import STRAIGHT, findings
+from pl_layer_rotation.report.measures import Measures, random_walk, read_straightness
+from pl_layer_rotation.report.text import count, listed, origin, three_digits
 
 
 def headline(history: RotationHistory) -> str:
@@ -44,7 +44,7 @@ def headline(history: RotationHistory) -> str:
 
 def straightness(history: RotationHistory) -> float | None:
     """The median straightness of a run's layers, where it can be read."""
-    return median_straightness(Measures(history)) if history.steps and history.layer_names else None
+    return read_straightness(Measures(history)) if history.steps and history.layer_names else None
 
 
 def notes(history: RotationHistory) -> list[str]:
@@ -99,18 +99,6 @@ def captions(history: RotationHistory) -> dict[str, str]:
 def defined(history: RotationHistory, quantity: str = "rotation") -> dict[str, float]:
     """Each layer's last finite value of a quantity, of the layers that have one."""
     return {name: value for name, value in history.final(quantity).items() if math.isfinite(value)}
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things.
-
-    Example::
-
-        >>> count(1, "layer"), count(1200, "step")
-        ('1 layer', '1,200 steps')
-
-    """
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _straightness(history: RotationHistory) -> str:

@@ -61,6 +61,18 @@ def between(low: float, high: float, sign: str = "") -> str:
     return first if first == last else f"{first} to {last}"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    Example::
+
+        >>> count(1, "layer"), count(1200, "step")
+        ('1 layer', '1,200 steps')
+
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: in backticks, on one line, three at most and none too long.
 

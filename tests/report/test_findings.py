@@ -240,10 +240,15 @@ def test_what_is_said_of_straight_layers() -> None:
     found = only(random_walk(2.6))
     assert found.sentence == (
         "The layers moved almost straight (2.6 × a random walk of the same steps): "
-        "the learning rate can probably rise; try ×3."
+        "the best learning rate is probably about 18 times higher."
     )
-    assert found.values["straightness"] == pytest.approx(2.6)
-    assert found.advice == "try ×3"
+    assert found.values == pytest.approx({"straightness": 2.6, "factor": 4.0 * 2.6**1.6})
+    assert found.advice == "try ×18"
+
+
+@pytest.mark.parametrize(("total", "advice"), [(200, "try ×18"), (201, "try ×3")])
+def test_in_the_first_half_of_a_run_straightness_has_no_factor(total: int, advice: str) -> None:
+    assert only(random_walk(2.6, total_steps=total)).advice == advice
 
 
 def test_momentum_makes_a_random_walk_longer() -> None:
@@ -272,7 +277,7 @@ def test_straightness_waits_for_a_tenth_of_the_run(total: int, low: bool) -> Non
 
 def test_recorded_straightness_is_taken_as_it_is() -> None:
     history = with_sums(random_walk(0.9, momentum=None), straightness=[1.9, 2.0, 9.0])
-    assert only(history).values == {"straightness": 2.0}
+    assert only(history).values["straightness"] == 2.0
 
 
 def test_a_still_layer_suppresses_straightness() -> None:
