@@ -18,6 +18,7 @@ from pl_layer_rotation.report.compare_figures import (
     mean_curves,
     run_colors,
     scatter,
+    straightness_over_rates,
     united_layers,
 )
 from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quantity, compare, correlation, headline
@@ -30,6 +31,10 @@ _MISSING = "–"  # noqa: RUF001
 _MOST_METRICS = 6  # beside the one that runs are judged by
 _QUANTITIES: tuple[tuple[Quantity, str], ...] = (("mean", "Mean rotation"), ("straightness", "Median straightness"))
 _TALLEST = 1_100  # pixels
+_RATES = (
+    "Over runs that differ in the rate alone, straightness falls, goes through a minimum near the best rate, and "
+    "returns to 1 above it; on small or noisy data the best rate lies below that minimum."
+)
 
 
 class _Chart(NamedTuple):
@@ -83,6 +88,9 @@ def render_comparison(
     figures = {"curves": mean_curves(histories, comparison), "layers": final_rotation(histories, comparison)}
     if judged:
         figures |= {quantity: scatter(comparison, quantity) for quantity, _ in _QUANTITIES}
+    rates = straightness_over_rates(comparison)
+    if rates is not None:
+        figures["rates"] = rates
     few = len(histories) <= FEW_RUNS
     colors, ranked = run_colors(comparison), comparison.ranked()
     head, rows = _table(comparison, with_findings=not few)
@@ -100,6 +108,7 @@ def render_comparison(
         curves=_Chart("curves", "Rotation over training", 460, _curves_in_words(comparison)),
         layers=_layers_chart(histories),
         scatters=[_scatter_chart(comparison, quantity, title) for quantity, title in _QUANTITIES] if judged else [],
+        rates=None if rates is None else _Chart("rates", "Median straightness and learning rate", 360, _RATES),
         head=head,
         rows=[(colors[i], rows[i]) for i in ranked],
         order="The best run comes first." if judged else "The run that turned most comes first.",

@@ -129,6 +129,37 @@ def scatter(comparison: Comparison, quantity: Quantity) -> go.Figure:
     return figure
 
 
+def straightness_over_rates(comparison: Comparison) -> go.Figure | None:
+    """The runs as points: straightness against the learning rate; None where fewer than two rates have one.
+
+    Over a ladder of rates straightness falls, goes through a minimum near the best rate, and returns to 1 above it.
+    """
+    rates = comparison.varied.get("learning_rate", [])
+    both = [(i, rate, run.straightness) for i, (rate, run) in enumerate(zip(rates, comparison.runs, strict=False))]
+    points = [(i, x, y) for i, x, y in both if isinstance(x, (int, float)) and x > 0 and y is not None]
+    if len({x for _, x, _ in points}) < 2:
+        return None
+    colors = run_colors(comparison)
+    numbers = f"learning rate %{{x:.3g}}<br>{_AXES['straightness']} %{{y:.3g}}"
+    figure = go.Figure(
+        go.Scatter(
+            x=[_rounded(x) for _, x, _ in points],
+            y=[_rounded(y) for _, _, y in points],
+            mode="markers",
+            marker={"size": 10, "color": [colors[i] for i, _, _ in points], "line": {"width": 0}},
+            customdata=[[_name(comparison.runs[i].name, _HOVER)] for i, _, _ in points],
+            hovertemplate=f"<b>%{{customdata[0]}}</b><br>{numbers}<extra></extra>",
+        ),
+        _layout(True),
+    )
+    figure.update_xaxes(title_text="learning rate", type="log")
+    figure.update_yaxes(title_text=_AXES["straightness"])
+    figure.update_layout(margin_t=16)
+    line = {"width": 1, "dash": "dot", "color": "#7d838c"}
+    figure.add_hline(1.0, line=line, annotation_text="random walk", annotation_position="bottom right")
+    return figure
+
+
 def united_layers(histories: Sequence[RotationHistory]) -> list[str]:
     """All layers of all runs, each once: in depth order, a layer that only some have after the one before it there."""
     layers: list[str] = []

@@ -144,6 +144,27 @@ def test_no_name_breaks_out_of_its_place(number: int) -> None:
     assert shown.replace("<", "&lt;").replace(">", "&gt;") in names
 
 
+def test_straightness_is_drawn_over_the_rates_where_they_differ() -> None:
+    def straight(kappa: float, **facts: Any) -> RotationHistory:
+        history = RotationHistory(["fc"], facts={"angle_readings": 60, "median_straightness": kappa, **facts})
+        history.append(100, rotation=[0.5])
+        return history
+
+    runs = {f"run{lr}": straight(1 / (1 + lr), learning_rate=lr) for lr in (0.1, 1.0, 10.0)}
+    figure = read(runs).figures["rates"]
+    assert figure["layout"]["xaxis"]["type"] == "log"
+    assert sorted(zip(figure["data"][0]["x"], figure["data"][0]["y"], strict=True)) == [
+        (0.1, pytest.approx(1 / 1.1, rel=1e-3)),
+        (1.0, 0.5),
+        (10.0, pytest.approx(1 / 11, rel=1e-3)),
+    ]
+    assert "Median straightness and learning rate" in read(runs).text
+    same = {name: straight(1.0, learning_rate=0.1, seed=i) for i, name in enumerate("ab")}
+    unknown = {name: straight(1.0, learning_rate=rate) for name, rate in (("a", 0.1), ("b", "auto"))}
+    assert "rates" not in read(same).figures
+    assert "rates" not in read(unknown).figures
+
+
 def test_runs_without_readings_are_rows_too() -> None:
     page = read({"none": RotationHistory([]), "waiting": RotationHistory(["fc"]), "some": history_of([0.5])})
     assert [row[:2] for row in page.rows[1:]] == [["some", "0.500"], ["none", "\u2013"], ["waiting", "\u2013"]]
