@@ -6,6 +6,7 @@ Each table stands between `<!-- table: name -->` and `<!-- end -->` in a page; `
 what this file writes.
 """
 
+import itertools
 import json
 import math
 import re
@@ -156,13 +157,16 @@ def workflow() -> str:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     rows = []
     for name, job in jobs.items():
-        matrix = {key: ", ".join(map(str, values)) for key, values in job.get("strategy", {}).get("matrix", {}).items()}
-        asked = [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
-        # One row a job: what its name says of a single entry of the matrix goes.
-        title = job.get("name", name).partition("${{")[0].rstrip(" ,").removesuffix(", Python").removesuffix(" on")
-        machine, python = matrix.get("os", job["runs-on"]), matrix.get("python", ", ".join(map(str, asked)))
-        rows.append([title, machine, python, matrix.get("resolution", "")])
-    return _table(["job", "machine", "Python", "dependencies"], rows)
+        matrix = {key: values for key, values in job.get("strategy", {}).get("matrix", {}).items() if _is_axis(values)}
+        for chosen in itertools.product(*matrix.values()):
+            entries = dict(zip(matrix, chosen, strict=True))
+            python = [
+                step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})
+            ]
+            commands = [step["run"].splitlines()[-1] for step in job["steps"] if "run" in step]
+            cells = [job.get("name", name), job["runs-on"], *python[:1]]
+            rows.append([_filled(cell, entries) for cell in cells] + [f"`{_filled(commands[-1], entries)}`"])
+    return _table(["job", "machine", "Python", "what it runs"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -190,6 +194,14 @@ def _contender(name: str, base: str) -> str:
     if name.startswith("torch"):
         return f"{name.replace('torch', f'torch {base},')}"
     return {"Layca": f"**Layca over {base}**", "naive Layca": f"Layca over {base}, tensor by tensor"}.get(name, name)
+
+
+def _is_axis(values: Any) -> bool:
+    return isinstance(values, list) and not any(isinstance(value, dict) for value in values)
+
+
+def _filled(text: Any, entries: dict[str, Any]) -> str:
+    return re.sub(r"\$\{\{ *matrix\.([\w-]+) *\}\}", lambda use: str(entries[use[1]]), str(text))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
