@@ -21,12 +21,14 @@ class Measured(NamedTuple):
         values: by quantity a float64 value for each layer that was read, on the CPU; NaN where it is not known.
         not_finite: layers with weights that are not finite.
         started: layers that started at zero and have moved: their reference is to be taken now.
+        dense: last step up to which the angles of every step of every layer were read; None before the first.
 
     """
 
     values: dict[str, Tensor]
     not_finite: list[str]
     started: list[str]
+    dense: int | None
 
 
 class Measuring:
@@ -131,15 +133,22 @@ class Measuring:
         }
         if held or when == step:
             values["angular_update"] = packed[:, 4]
+        sums_of_angles, dense = packed[:, 5 : 5 + len(QUANTITIES)], packed[:, -1]
         if self.sums.readings:
-            values.update(zip(QUANTITIES, packed[:, 5:].unbind(1), strict=True))
+            values.update(zip(QUANTITIES, sums_of_angles.unbind(1), strict=True))
         started = ((rotation[:, 3] == 0) & (rotation[:, 2] > 0)).nonzero().flatten().tolist()
         for place in started:
             values["rotation"][place], values["norm_ratio"][place] = 0.0, 1.0
             for quantity in values.keys() - {"rotation", "norm_ratio"}:
                 values[quantity][place] = torch.nan
         lost = rotation[:, 2].isfinite().logical_not().nonzero().flatten().tolist()
-        return Measured(values, [names[place] for place in lost], [names[place] for place in started])
+        known = dense[dense.isfinite()]
+        return Measured(
+            values,
+            not_finite=[names[place] for place in lost],
+            started=[names[place] for place in started],
+            dense=int(known.min()) if len(known) else None,
+        )
 
     def _rotation_sums(self, layers: Layers, scales: Tensor) -> Tensor:
         """Sums of each layer and its reference; on the CPU with the scales that they were taken with."""

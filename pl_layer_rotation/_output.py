@@ -173,7 +173,7 @@ class Output:
     def _send_due_charts(self, trainer: "pl.Trainer", history: RotationHistory, before: int) -> None:
         from pl_layer_rotation.report.wandb_sink import charts_due
 
-        if charts_due(history, before):
+        if wandb_loggers(trainer) and charts_due(history, before):
             self._send_charts(trainer, history)
 
     def _send_charts(self, trainer: "pl.Trainer", history: RotationHistory) -> None:

@@ -17,8 +17,9 @@ SIDECAR = "layer_rotation_reference"  # the folder of references that checkpoint
 Reference = str | os.PathLike[str] | Mapping[str, Any]
 
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32)}
-_DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 # Bytes of whole references that travel in a checkpoint; larger ones are written once, into a folder of their own.
 _MOST_CARRIED = 256 << 20
 # Cosine distance that rounding of the reference alone gives, with room: angles of 1.7e-3 and 2.1e-4 rad.

@@ -35,11 +35,6 @@ class RunningSums:
         self._order: list[str] = []  # of the last angles, and where their rows are
         self._index: Tensor | None = None
 
-    @property
-    def dense(self) -> int:
-        """Last step up to which every step of every layer was read."""
-        return int(self._rows[:, -1].min()) if len(self._rows) else self._last
-
     def add(self, names: Sequence[str], angles: Tensor, step: int) -> None:
         """Take the angles (radians, ``(layers,)``) that one step turned layers by; NaN counts nothing.
 
@@ -81,16 +76,17 @@ class RunningSums:
             self._rows = rows
 
     def rows(self, names: Sequence[str]) -> Tensor:
-        """The sums of these layers, ``(layers, 4)``, on their device; NaN where no angle was read."""
+        """What these layers' angles add up to, on their device; NaN where no angle was read.
+
+        Returns:
+            ``(layers, 6)``: the quantities, the last step that counted, and that up to which every step was read.
+
+        """
         if list(names) == self._order and self._index is None:
-            return self._rows[:, : len(QUANTITIES)]
+            return self._rows
         missing = torch.full((1, _COLUMNS), torch.nan).to(self._rows)
         places = [self._places.get(name, len(self._rows)) for name in names]
-        return torch.cat([self._rows, missing])[places, : len(QUANTITIES)]
-
-    def values(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """The sums of these layers by quantity; NaN where no angle was read."""
-        return dict(zip(QUANTITIES, self.rows(names).T.tolist(), strict=True))
+        return torch.cat([self._rows, missing])[places]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""

@@ -487,9 +487,8 @@ class LayerRotationMonitor(CallbackBase):
         momentum = self.history.facts.get("momentum")
         if momentum is not None and "path_square" in reading:
             reading["straightness"] = straightness(reading["rotation"], reading["path_square"], momentum)
-        sums = self._measuring.sums
-        if sums.readings:
-            self.history.facts.update(angle_readings=sums.readings, dense_steps=sums.dense)
+        if measured.dense is not None:
+            self.history.facts.update(angle_readings=self._measuring.sums.readings, dense_steps=measured.dense)
         self._latest = (self._step, reading)
 
     def _filled(self, names: Collection[str], values: Tensor) -> list[float]:
