@@ -88,6 +88,10 @@ class RunningSums:
         places = [self._places.get(name, len(self._rows)) for name in names]
         return torch.cat([self._rows, missing])[places]
 
+    def values(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """The sums of these layers by quantity; NaN where no angle was read."""
+        return dict(zip(QUANTITIES, self.rows(names).T.tolist(), strict=False))
+
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         rows = dict(zip(self._places, self._rows.tolist(), strict=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._running_sums import QUANTITIES, RunningSums, straightness
+from pl_layer_rotation._running_sums import RunningSums, straightness
 
 
 def added(readings: dict[int, list[float]]) -> RunningSums:
@@ -17,16 +17,12 @@ def added(readings: dict[int, list[float]]) -> RunningSums:
     return sums
 
 
-def values_of(sums: RunningSums, names: list[str]) -> dict[str, list[float]]:
-    return dict(zip(QUANTITIES, sums.rows(names).T.tolist(), strict=False))
-
-
 def dense(sums: RunningSums, names: list[str]) -> float:
     return float(sums.rows(names)[:, -1].min())
 
 
 def test_every_angle_stands_for_the_steps_since_the_one_before() -> None:
-    values = values_of(added({1: [0.1, 0.2], 2: [0.3, 0.1], 6: [0.2, 0.0]}), ["b", "a"])
+    values = added({1: [0.1, 0.2], 2: [0.3, 0.1], 6: [0.2, 0.0]}).values(["b", "a"])
     assert values["path"] == pytest.approx([0.3, 0.1 + 0.3 + 4 * 0.2])
     assert values["path_square"] == pytest.approx([0.05, 0.01 + 0.09 + 4 * 0.04])
     assert values["peak"] == pytest.approx([0.2, 0.3])
@@ -39,7 +35,7 @@ def test_readings_are_counted_and_how_far_every_step_was_read() -> None:
 
 
 def test_an_unknown_angle_counts_nothing_and_a_layer_never_read_has_no_sums() -> None:
-    values = values_of(added({1: [0.1, math.nan]}), ["a", "b", "c"])
+    values = added({1: [0.1, math.nan]}).values(["a", "b", "c"])
     assert values["path"][:2] == pytest.approx([0.1, 0.0])
     assert all(math.isnan(values[quantity][2]) for quantity in values)
 
@@ -47,14 +43,14 @@ def test_an_unknown_angle_counts_nothing_and_a_layer_never_read_has_no_sums() ->
 def test_a_step_that_was_read_already_counts_once() -> None:
     sums = added({5: [0.1, 0.2]})
     sums.add(["a", "b"], torch.tensor([1.0, 1.0]), 5)
-    assert values_of(sums, ["a"])["path"] == pytest.approx([0.5])
+    assert sums.values(["a"])["path"] == pytest.approx([0.5])
 
 
 def test_steps_before_the_start_do_not_count() -> None:
     sums = RunningSums(100)
     sums.add(["a"], torch.tensor([0.1]), 101)
     sums.add(["a"], torch.tensor([0.2]), 104)
-    assert values_of(sums, ["a"])["path"] == pytest.approx([0.1 + 3 * 0.2])
+    assert sums.values(["a"])["path"] == pytest.approx([0.1 + 3 * 0.2])
     assert (sums.readings, dense(sums, ["a"])) == (2, 101)
 
 
@@ -62,7 +58,7 @@ def test_a_layer_that_is_forgotten_starts_again() -> None:
     sums = added({1: [0.1, 0.2], 2: [0.3, 0.1]})
     sums.forget("a")
     sums.add(["a", "b"], torch.tensor([0.5, 0.5]), 3)
-    assert values_of(sums, ["a", "b"])["path"] == pytest.approx([0.5, 0.2 + 0.1 + 0.5])
+    assert sums.values(["a", "b"])["path"] == pytest.approx([0.5, 0.2 + 0.1 + 0.5])
     sums.forget("c")
 
 
