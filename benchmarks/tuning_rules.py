@@ -104,23 +104,10 @@ def valley(start: int, show: Show) -> Outcome:
     Probes stand ``COARSE`` places apart over two decades to either side; where the lowest is at an end, more follow
     there. Then the place between the lowest and the lower one of its neighbours is probed.
     """
-    seen: dict[int, float] = {}
-
-    def probe(place: int) -> float:
-        if place not in seen:
-            shown = show(place, PROBE)
-            seen[place] = math.inf if shown.diverged or shown.kappa is None else shown.kappa
-        return seen[place]
-
-    def lowest() -> int:
-        return min(seen, key=lambda place: (probe(place), place))
-
-    for place in range(start - REACH, start + REACH + 1, COARSE):
-        probe(place)
-    while (bottom := lowest()) in (min(seen), max(seen)) and len(seen) < 4 * REACH:
-        probe(bottom - COARSE if bottom == min(seen) else bottom + COARSE)
+    bottom, seen, probe = _probed(start, show, lambda seen: min(seen, key=lambda place: (seen[place], place)))
     probe(bottom + 1 if probe(bottom + COARSE) < probe(bottom - COARSE) else bottom - 1)
-    return Outcome(lowest(), PROBE * len(seen) + 1, tuple(seen))
+    lowest = min(seen, key=lambda place: (seen[place], place))
+    return Outcome(lowest, PROBE * len(seen) + 1, tuple(seen))
 
 
 def valley_and_below(start: int, show: Show) -> Outcome:
@@ -138,6 +125,33 @@ def first_valley_downhill(start: int, show: Show) -> Outcome:
     The first is the lowest rate at which κ is lower than at both neighbours and within ``CLOSE`` of the lowest of all:
     far above the best rate κ scatters around 1, and a narrow valley may fall between two coarse probes.
     """
+
+    def first(seen: Mapping[int, float]) -> int:
+        def is_valley(place: int) -> bool:
+            beside = (seen.get(place + side, math.inf) for side in (-COARSE, COARSE))
+            return seen[place] <= min(min(seen.values()) + CLOSE, *beside)
+
+        return next(place for place in sorted(seen) if is_valley(place))
+
+    bottom, seen, probe = _probed(start, show, first)
+    found = min((bottom - 1, bottom, bottom + 1), key=probe)
+    runs = {place: show(place, 1.0) for place in (found, found - COARSE)}
+    value = {place: -math.inf if run.diverged else run.score for place, run in runs.items()}
+    if value[found - COARSE] > value[found]:
+        further = show(found - 2 * COARSE, 1.0)
+        value[found - 2 * COARSE] = -math.inf if further.diverged else further.score
+    return Outcome(max(value, key=value.__getitem__), PROBE * len(seen) + len(value), tuple(seen))
+
+
+def _probed(
+    start: int, show: Show, bottom_of: Callable[[Mapping[int, float]], int]
+) -> tuple[int, Mapping[int, float], Callable[[int], float]]:
+    """Probe two decades to either side of the start, and further where the bottom is at an end.
+
+    Returns:
+        The bottom, κ by place as far as it was probed, and how to probe one more place.
+
+    """
     seen: dict[int, float] = {}
 
     def probe(place: int) -> float:
@@ -146,24 +160,11 @@ def first_valley_downhill(start: int, show: Show) -> Outcome:
             seen[place] = math.inf if shown.diverged or shown.kappa is None else shown.kappa
         return seen[place]
 
-    def first() -> int:
-        def is_valley(place: int) -> bool:
-            beside = (seen.get(place + side, math.inf) for side in (-COARSE, COARSE))
-            return seen[place] <= min(min(seen.values()) + CLOSE, *beside)
-
-        return next(place for place in sorted(seen) if is_valley(place))
-
     for place in range(start - REACH, start + REACH + 1, COARSE):
         probe(place)
-    while (bottom := first()) in (min(seen), max(seen)) and len(seen) < 4 * REACH:
+    while (bottom := bottom_of(seen)) in (min(seen), max(seen)) and len(seen) < 4 * REACH:
         probe(bottom - COARSE if bottom == min(seen) else bottom + COARSE)
-    found = min((bottom - 1, bottom, bottom + 1), key=probe)
-    runs = {place: show(place, 1.0) for place in (found, found - COARSE)}
-    value = {place: -math.inf if run.diverged else run.score for place, run in runs.items()}
-    if value[found - COARSE] > value[found]:
-        further = show(found - 2 * COARSE, 1.0)
-        value[found - 2 * COARSE] = -math.inf if further.diverged else further.score
-    return Outcome(max(value, key=value.__getitem__), PROBE * len(seen) + len(value), tuple(seen))
+    return bottom, seen, probe
 
 
 def score(record: Mapping[str, Any], part: str) -> float:

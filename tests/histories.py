@@ -21,6 +21,11 @@ def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any)
     return history
 
 
+def unpacked(data: str) -> str:
+    """A text as pages carry it."""
+    return zlib.decompress(base64.b64decode(data)).decode()
+
+
 class PageReader(HTMLParser):
     """The tags of a page with their attributes, its visible text, the rows of its tables and its figures."""
 
@@ -31,7 +36,7 @@ class PageReader(HTMLParser):
         self.rows: list[list[str]] = []
         self._hidden = False
         data = re.search(r'<script type="text/plain" id="figures">(.*?)</script>', page, re.DOTALL)
-        self.figures: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(data[1]))) if data else {}
+        self.figures: dict[str, Any] = json.loads(unpacked(data[1])) if data else {}
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from histories import HOSTILE, history_of
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
+from visits import Visit
 
 from pl_layer_rotation.report.compare import write_comparison
 
@@ -32,27 +33,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in NUMBERS}
 
 
-class Visit:
-    """An open page with everything that it said on the console and asked of the network."""
-
-    def __init__(self, browser: Browser, file: Path, **options: Any) -> None:
-        self.page: Page = browser.new_page(**{"viewport": {"width": 1240, "height": 900}, **options})
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-        self.page.wait_for_function("[...document.querySelectorAll('.plot')].every(plot => plot._fullLayout)")
-
-
 @pytest.fixture
 def visit(browser: Browser, files: dict[str, Path]) -> Iterator[Any]:
     visits: list[Visit] = []
 
     def open_page(name: str, **options: Any) -> Visit:
-        visits.append(Visit(browser, files[name], **options))
+        visits.append(Visit(browser, files[name], **options).drawn())
         return visits[-1]
 
     yield open_page

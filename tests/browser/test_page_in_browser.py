@@ -1,14 +1,13 @@
 """The page as a reader sees it: drawn, silent, alone, and within the screen."""
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
+from visits import Visit
 
 from pl_layer_rotation import RotationHistory
 from pl_layer_rotation.report.page import write_page
@@ -27,19 +26,6 @@ EVIL = [
     "${hit=1} {{7*7}} %{y} `x`",
 ]
 EVIL_RUNS = [EVIL[0], EVIL[4], "__proto__"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail("No Chromium on the path, and REQUIRE_BROWSER=1 asks for one.")
-        pytest.skip("no Chromium on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
 
 
 def history_of(names: list[str], readings: int = 20) -> RotationHistory:
@@ -87,24 +73,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in runs}
 
 
-class Visit:
-    """An open page with everything that it said on the console and asked of the network."""
-
-    def __init__(self, browser: Browser, file: Path, **options: Any) -> None:
-        self.page: Page = browser.new_page(**{"viewport": {"width": 1240, "height": 900}, **options})
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def drawn(self) -> "Visit":
-        # A machine that does much else may take long.
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('.plot')].every(plot => plot._fullLayout)", timeout=90_000
-        )
-        return self
+class OpenPage(Visit):
+    """What a reader does with the page of a run."""
 
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
@@ -130,10 +100,10 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, files: dict[str, Path]) -> Iterator[Any]:
-    visits: list[Visit] = []
+    visits: list[OpenPage] = []
 
-    def open_page(name: str, **options: Any) -> Visit:
-        visits.append(Visit(browser, files[name], **options))
+    def open_page(name: str, **options: Any) -> OpenPage:
+        visits.append(OpenPage(browser, files[name], **options))
         return visits[-1].drawn()
 
     yield open_page

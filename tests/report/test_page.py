@@ -5,29 +5,17 @@ import hashlib
 import json
 import math
 import re
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from histories import history_of, unpacked
 
 from pl_layer_rotation import RotationHistory
 from pl_layer_rotation.report.page import render_page, write_page
 
 EVIL = '</script><b>"x"</b>&\''
-
-
-def unpacked(data: str) -> str:
-    return zlib.decompress(base64.b64decode(data)).decode()
-
-
-def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any) -> RotationHistory:
-    names = names or [f"layer{i}" for i in range(len(rows[0]))]
-    history = RotationHistory(names, [(8, 3)] * len(names), facts)
-    for i, row in enumerate(rows):
-        history.append(10 * (i + 1), rotation=row)
-    return history
 
 
 class Reader(HTMLParser):
