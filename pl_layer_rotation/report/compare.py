@@ -24,7 +24,7 @@ from pl_layer_rotation.report.compare_figures import (
 from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quantity, compare, correlation, headline
 from pl_layer_rotation.report.figures import depth_colors
 from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
-from pl_layer_rotation.report.packing import pack, plotly_js, source, source_hash, templates
+from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.text import listed, three_digits
 
 _MISSING = "–"  # noqa: RUF001
@@ -95,7 +95,7 @@ def render_comparison(
     colors, ranked = run_colors(comparison), comparison.ranked()
     head, rows = _table(comparison, with_findings=not few)
     drawings = {key: figure.to_plotly_json() for key, figure in figures.items()}
-    script, library = source("compare.js"), plotly_js()
+    code, library = script("compare.js"), plotly_js()
     page = templates().get_template("compare.html")
     return page.render(
         names=list(histories),
@@ -116,8 +116,9 @@ def render_comparison(
         straight=STRAIGHT,
         figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
         library=library.packed,
-        script=Markup(script),
-        policy=f"script-src {source_hash(script)} {library.source}",
+        style=Markup(style("compare.css")),
+        script=Markup(code),
+        policy=f"script-src {source_hash(code)} {library.source}",
     )
 
 

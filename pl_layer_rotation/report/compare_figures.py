@@ -104,25 +104,9 @@ def scatter(comparison: Comparison, quantity: Quantity) -> go.Figure:
         A figure with one trace; a point for each run that has both numbers.
 
     """
-    colors = run_colors(comparison)
     both = [(i, getattr(run, quantity), run.metric) for i, run in enumerate(comparison.runs)]
     points = [(i, x, y) for i, x, y in both if x is not None and y is not None]
-    metric = _name(comparison.metric or "", _LABEL)
-    numbers = f"{_AXES[quantity]} %{{x:.3g}}<br>{metric} %{{y:.4g}}"
-    figure = go.Figure(
-        go.Scatter(
-            x=[_rounded(x) for _, x, _ in points],
-            y=[_rounded(y) for _, _, y in points],
-            mode="markers",
-            marker={"size": 10, "color": [colors[i] for i, _, _ in points], "line": {"width": 0}},
-            customdata=[[_name(comparison.runs[i].name, _HOVER)] for i, _, _ in points],
-            hovertemplate=f"<b>%{{customdata[0]}}</b><br>{numbers}<extra></extra>",
-        ),
-        _layout(bool(points)),
-    )
-    figure.update_xaxes(title_text=_AXES[quantity])
-    figure.update_yaxes(title_text=metric)
-    figure.update_layout(margin_t=16)
+    figure = _points(comparison, points, _AXES[quantity], _name(comparison.metric or "", _LABEL))
     if quantity == "straightness" and any(x > STRAIGHT for _, x, _ in points):
         line = {"width": 1, "dash": "dot", "color": "#7d838c"}
         figure.add_vline(STRAIGHT, line=line, annotation_text=f"{STRAIGHT}", annotation_position="bottom right")
@@ -139,24 +123,30 @@ def straightness_over_rates(comparison: Comparison) -> go.Figure | None:
     points = [(i, x, y) for i, x, y in both if isinstance(x, (int, float)) and x > 0 and y is not None]
     if len({x for _, x, _ in points}) < 2:
         return None
+    figure = _points(comparison, points, "learning rate", _AXES["straightness"])
+    figure.update_xaxes(type="log")
+    line = {"width": 1, "dash": "dot", "color": "#7d838c"}
+    figure.add_hline(1.0, line=line, annotation_text="random walk", annotation_position="bottom right")
+    return figure
+
+
+def _points(comparison: Comparison, points: Sequence[tuple[int, float, float]], x: str, y: str) -> go.Figure:
+    """Runs by number as points, with the titles of both axes."""
     colors = run_colors(comparison)
-    numbers = f"learning rate %{{x:.3g}}<br>{_AXES['straightness']} %{{y:.3g}}"
     figure = go.Figure(
         go.Scatter(
-            x=[_rounded(x) for _, x, _ in points],
-            y=[_rounded(y) for _, _, y in points],
+            x=[_rounded(value) for _, value, _ in points],
+            y=[_rounded(value) for _, _, value in points],
             mode="markers",
             marker={"size": 10, "color": [colors[i] for i, _, _ in points], "line": {"width": 0}},
             customdata=[[_name(comparison.runs[i].name, _HOVER)] for i, _, _ in points],
-            hovertemplate=f"<b>%{{customdata[0]}}</b><br>{numbers}<extra></extra>",
+            hovertemplate=f"<b>%{{customdata[0]}}</b><br>{x} %{{x:.3g}}<br>{y} %{{y:.4g}}<extra></extra>",
         ),
-        _layout(True),
+        _layout(bool(points)),
     )
-    figure.update_xaxes(title_text="learning rate", type="log")
-    figure.update_yaxes(title_text=_AXES["straightness"])
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
     figure.update_layout(margin_t=16)
-    line = {"width": 1, "dash": "dot", "color": "#7d838c"}
-    figure.add_hline(1.0, line=line, annotation_text="random walk", annotation_position="bottom right")
     return figure
 
 

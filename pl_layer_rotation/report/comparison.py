@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
-from pl_layer_rotation.report.measures import Measures, number, rank_correlation, read_straightness
+from pl_layer_rotation.report.measures import Measures, number, rank_correlation, read_straightness, union
 from pl_layer_rotation.report.text import count, listed, three_digits
 
 Mode = Literal["min", "max"]
@@ -113,9 +113,9 @@ def compare(
     metrics = [_metrics(history.facts) for history in histories.values()]
     chosen, direction = judged_by(histories, metric, mode)
     settings = [_settings(history.facts) for history in histories.values()]
-    by_name = {name: [own.get(name) for own in settings] for name in _union(settings)}
+    by_name = {name: [own.get(name) for own in settings] for name in union(settings)}
     varied = {name: values for name, values in by_name.items() if any(value != values[0] for value in values)}
-    others = [name for name in _union(metrics) if name != chosen]
+    others = [name for name in union(metrics) if name != chosen]
     return Comparison(
         tuple(
             _summary(name, history, own.get(chosen or ""))
@@ -257,7 +257,7 @@ def _metrics(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def _chosen(metrics: Sequence[Mapping[str, float]]) -> str | None:
     """The metric that two runs have at least, and that says most: of validation, then accuracy-like, then loss-like."""
-    counts = {name: sum(name in own for own in metrics) for name in _union(metrics)}
+    counts = {name: sum(name in own for own in metrics) for name in union(metrics)}
     known = [name for name, count in counts.items() if _direction(name) and count > 1]
     return max(
         known,
@@ -285,10 +285,6 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value if isinstance(value, (str, int, float)) or value is None else json.dumps(value)
     return flat
-
-
-def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _mean(run: Summary) -> float:

@@ -158,6 +158,11 @@ def _last(values: Tensor) -> Tensor:
     return values.gather(0, row[None])[0].where(known.any(0), torch.nan)
 
 
+def union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of several mappings, each once, in the order of their first place."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
 def number(facts: Mapping[str, Any], key: str) -> float | None:
     """A fact that is a finite number; files can hold anything."""
     value = facts.get(key)

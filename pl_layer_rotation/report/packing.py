@@ -72,3 +72,13 @@ def source(name: str) -> str:
     environment = templates()
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
+
+
+def script(name: str) -> str:
+    """The script of a page with charts: what all such pages share, and its own."""
+    return source("charts.js") + source(name)
+
+
+def style(name: str) -> str:
+    """The style sheet of a page: what all pages share, and its own."""
+    return source("common.css") + source(name)

@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
@@ -58,20 +57,6 @@
   all("table").forEach(sortable);
   const filters = new Map(all("section").filter((s) => s.querySelector(".layers")).map((s) => [s, filterable(s)]));
 
-  const unpack = async (id) => {
-    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Response(stream).text();
-  };
-
-  // Under a finger a drag must scroll the page, not zoom into the chart.
-  const touch = matchMedia("(pointer: coarse)").matches;
-  const config = {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: touch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-  };
   const compact = (layout) => ({
     ...layout,
     margin: { l: 40, r: 8, t: 8, b: 28 },
@@ -89,7 +74,7 @@
     const { data, layout } = structuredClone(figures[`${kind}-${plot.dataset.run}`]);
     const sized = "compact" in plot.dataset ? compact(layout) : layout;
     const scaled = log ? logarithmic(sized) : sized;
-    return Plotly.react(plot, data, touch ? { ...scaled, dragmode: false } : scaled, config);
+    return Plotly.react(plot, data, Charts.handled(scaled), Charts.config);
   };
 
   const switched = (figures, panel) => {
@@ -105,24 +90,9 @@
     update();
   };
 
-  const charts = async () => {
-    const [library, figures] = await Promise.all([unpack("plotly"), unpack("figures")]);
-    const script = document.createElement("script");
-    script.textContent = library;
-    document.head.append(script);
-    const drawings = JSON.parse(figures);
-    for (const panel of all(".panel")) switched(drawings, panel);
-    for (const plot of all(".plot[data-kind]")) draw(drawings, plot, plot.dataset.kind, false);
-    // Plotly fixes widths in pixels, and paper is narrower than most screens.
-    const paperWidth = 680;
-    const plots = all(".plot");
-    const columns = (plot) => ("compact" in plot.dataset ? 2 : 1);
-    addEventListener("beforeprint", () => plots.forEach((p) => Plotly.relayout(p, { width: paperWidth / columns(p) })));
-    addEventListener("afterprint", () => plots.forEach((p) => Plotly.relayout(p, { width: null })));
+  const drawAll = (figures) => {
+    for (const panel of all(".panel")) switched(figures, panel);
+    for (const plot of all(".plot[data-kind]")) draw(figures, plot, plot.dataset.kind, false);
   };
-
-  charts().catch((error) => {
-    document.getElementById("no-charts").hidden = false;
-    console.error(error);
-  });
+  Charts.start(drawAll, (plot) => ("compact" in plot.dataset ? 2 : 1));
 })();

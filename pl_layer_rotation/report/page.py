@@ -19,7 +19,8 @@ from pl_layer_rotation.report.figures import (
     draw_heatmap,
 )
 from pl_layer_rotation.report.findings import finding_lines
-from pl_layer_rotation.report.packing import pack, plotly_js, source, source_hash, templates
+from pl_layer_rotation.report.measures import union
+from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
 from pl_layer_rotation.report.text import origin, shape_text, three_digits
 
@@ -103,17 +104,16 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
     drawings = _drawings(histories, runs)
     environment = templates()
     environment.filters["sentence"] = _sentence
-    script = source("page.js")
-    library = plotly_js()
+    code, library = script("page.js"), plotly_js()
     return environment.get_template("template.html").render(
         runs=runs,
         comparison=_compare(histories) if len(runs) > 1 else None,
         shared_views={key: label for key, label in _VIEWS.items() if drawn and all(key in run.views for run in drawn)},
         origin=_common_origin(histories.values()),
         gradient=", ".join(depth_colors(9)),
-        style=Markup(source("page.css")),
-        script=Markup(script),
-        policy=f"script-src {source_hash(script)} {library.source}",
+        style=Markup(style("page.css")),
+        script=Markup(code),
+        policy=f"script-src {source_hash(code)} {library.source}",
         library=library.packed,
         figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
     )
@@ -202,9 +202,9 @@ def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
     metrics = [_metrics(history.facts) for history in histories.values()]
     aggregates = [_aggregates(history) for history in histories.values()]
     recipe = [key for key in _COMPARED if any(key in own for own in facts)]
-    varied = [key for key in _union(facts) if any(own.get(key) != facts[0].get(key) for own in facts)]
+    varied = [key for key in union(facts) if any(own.get(key) != facts[0].get(key) for own in facts)]
     others = [key for key in varied if key not in recipe]
-    scores = _union(metrics)
+    scores = union(metrics)
     rows = [
         [name, *_cells(own, recipe), *numbers.values(), *_cells(own_metrics, scores), *_cells(own, others)]
         for name, own, numbers, own_metrics in zip(histories, facts, aggregates, metrics, strict=True)
@@ -276,10 +276,6 @@ def _plain_facts(history: RotationHistory) -> dict[str, Any]:
         if key not in _NOT_SHOWN and not (key == "metrics" and isinstance(value, Mapping))
     }
     return {"steps": history.steps[-1], **facts} if history.steps else facts
-
-
-def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _label(key: str) -> str:
