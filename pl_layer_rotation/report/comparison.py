@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
-from pl_layer_rotation.report.measures import Measures, number, rank_correlation, read_straightness, union
+from pl_layer_rotation.report.measures import FOR_RULES, Measures, number, rank_correlation, read_straightness, union
 from pl_layer_rotation.report.text import count, listed, three_digits
 
 Mode = Literal["min", "max"]
@@ -20,11 +20,7 @@ FEWEST = 4  # runs from which a rank correlation says anything at all
 _LARGER_IS_BETTER = re.compile(r"acc|f1|auc|auroc|precision|recall|iou|dice|bleu|r2", re.IGNORECASE)
 _SMALLER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|mse|mae|rmse", re.IGNORECASE)
 _VALIDATION = re.compile(r"(?<![A-Za-z])(?i:val|valid|validation|eval|dev)(?![a-z])")
-# What rules and figures read, and a reader of settings does not ask for.
-_NO_SETTINGS = frozenset(
-    {"metrics", "followed_by_norm", "dense_steps", "angle_readings", "base", "constant_learning_rate"}
-    | {"median_straightness", "reference_steps"}
-)
+_NO_SETTINGS = FOR_RULES | {"metrics", "median_straightness"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ from torch import Tensor
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation.history import RotationHistory
 
+# Facts that rules and figures read, and that say nothing to a reader of settings, or stand in sentences.
+FOR_RULES = frozenset(
+    {"followed_by_norm", "dense_steps", "angle_readings", "base", "constant_learning_rate"}
+    | {"reference_steps", "reference_resolution", "not_finite"}
+)
 FEWEST_READINGS = 30  # of angles: with 12, 7 of 61 healthy runs had a wrong finding
 EARLIEST = 0.1  # of the run: from here on straightness can be read while it trains
 _ALMOST_ALL = 0.99  # of a path

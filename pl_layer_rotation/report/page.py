@@ -19,7 +19,7 @@ from pl_layer_rotation.report.figures import (
     draw_heatmap,
 )
 from pl_layer_rotation.report.findings import finding_lines
-from pl_layer_rotation.report.measures import union
+from pl_layer_rotation.report.measures import FOR_RULES, union
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
 from pl_layer_rotation.report.text import origin, shape_text, three_digits
@@ -42,11 +42,7 @@ _COLUMNS = {
     "straightness": "straightness",
     "angular_update": "last angular update (rad)",
 }
-# Facts that the findings need and a reader does not, or that stand in sentences.
-_NOT_SHOWN = frozenset(
-    {"followed_by_norm", "dense_steps", "angle_readings", "layer_multipliers", "base", "constant_learning_rate"}
-    | {"reference_steps"}
-)
+_NOT_SHOWN = FOR_RULES | {"layer_multipliers"}
 _FIRST = ("optimizer", "learning_rate", "steps", "strategy", "devices", "precision")
 _LABELS = {"total_steps": "planned steps", "steps": "optimizer steps"}
 

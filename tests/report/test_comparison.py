@@ -136,7 +136,9 @@ def test_headline_without_readings() -> None:
 
 def test_settings_are_told_apart_and_nested_ones_named_by_dots() -> None:
     one = history_of([0.1], lr=0.1, seed=1, net={"depth": 3, "wide": True}, betas=[0.9, 0.99], metrics={"a": 1.0})
-    two = history_of([0.1], lr=0.2, seed=1, net={"depth": 4, "wide": True}, betas=[0.9, 0.99], dense_steps=7)
+    two = history_of(
+        [0.1], lr=0.2, seed=1, net={"depth": 4, "wide": True}, betas=[0.9, 0.99], dense_steps=7, not_finite=["a"]
+    )
     comparison = compare({"one": one, "two": two, "three": history_of([0.1], seed=1, betas=[0.9, 0.99])})
     assert comparison.varied == {"lr": [0.1, 0.2, None], "net.depth": [3, 4, None], "net.wide": [True, True, None]}
     assert comparison.shared == {"seed": 1, "betas": "[0.9, 0.99]"}

@@ -149,7 +149,8 @@ def test_facts_are_shown_known_or_not() -> None:
 
 def test_facts_begin_with_what_readers_look_for() -> None:
     facts = {"module": "Net", "precision": "32-true", "devices": 2, "strategy": "DDPStrategy", "learning_rate": 0.1}
-    text = read(run=history_of([0.1], **facts, optimizer="SGD", total_steps=500, reference_steps={"layer0": 10})).text
+    unseen = {"reference_steps": {"layer0": 10}, "reference_resolution": 3e-6, "not_finite": []}
+    text = read(run=history_of([0.1], **facts, optimizer="SGD", total_steps=500, **unseen)).text
     facts_shown = text.partition("About this run ")[2]
     assert facts_shown.startswith(
         "optimizer SGD learning rate 0.1 optimizer steps 10 strategy DDPStrategy devices 2 precision 32-true module Net"
