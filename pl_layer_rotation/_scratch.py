@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import Loan
 from pl_layer_rotation._sharding import distributed, local_tensor, original_shape, shard_count
 
+T = TypeVar("T")
 Item = tuple[int, Tensor]  # index of the param group, parameter
 Kind = tuple[torch.device, torch.dtype]
 Buffers = dict[Kind, Tensor]
@@ -119,8 +120,8 @@ class Chunk:
         pieces: what this process holds of each parameter.
         lent: a stand-in for each parameter, in its shape, layout and distributed form, zero before the base's step.
         loan: the same as the base takes it.
-        layers: the layers held here, tensor after tensor.
-        rows: the row of each of them among all layers of the chunk, also those that other processes hold.
+        layers: the layers held here by their rows, which count all layers of the chunk, tensor after tensor, also
+            those that other processes hold.
         starts: first row of each tensor, and the number of rows at the end.
         leading_shapes: shape of each tensor's rows: its leading dimensions.
         counts: in how many pieces each row's tensor is cut.
@@ -132,8 +133,7 @@ class Chunk:
         self.items = items
         self.pieces = [local_tensor(parameter) for _, parameter in items]
         self.lent: list[Tensor] = []
-        self.layers: list[Layer] = []
-        self.rows: list[int] = []
+        self.layers: dict[int, Layer] = {}
         self.starts: list[int] = [0]
         self.counts: list[int] = []
         self.leading_shapes: list[torch.Size] = []
@@ -151,9 +151,9 @@ class Chunk:
             view = part.as_strided(piece.size(), piece.stride()) if dense else part.view(piece.size())
             self.lent.append(distributed(view, parameter))
             shape = original_shape(parameter)[:leading]
-            held = _held_slices(parameter, leading)
-            self.rows += [self.starts[-1] + row for row in held]
-            self.layers += [Layer(*pair) for pair in zip(_slices(piece, leading), _slices(view, leading), strict=True)]
+            rows = _held_slices(parameter, leading)
+            for row, *pair in zip(rows, _slices(piece, leading), _slices(view, leading), strict=True):
+                self.layers[self.starts[-1] + row] = Layer(*pair)
             self.starts.append(self.starts[-1] + shape.numel())
             self.counts += [shard_count(parameter)] * shape.numel()
             self.leading_shapes.append(shape)
@@ -169,7 +169,7 @@ class Chunk:
         """Where a parameter stands in the chunk."""
         return next(position for position, (_, member) in enumerate(self.items) if member is parameter)
 
-    def per_row(self, values: Sequence[float]) -> list[float]:
+    def per_row(self, values: Sequence[T]) -> list[T]:
         """A value of each tensor for each of its rows."""
         if self.starts[-1] == len(values):
             return list(values)

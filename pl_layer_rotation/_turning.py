@@ -1,14 +1,14 @@
 """From what the base wrote into the scratch to turned weights: sums, coefficients, one pass over the weights."""
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._scratch import Chunk
+from pl_layer_rotation._scratch import Chunk, Layer
 from pl_layer_rotation._sharding import local_tensor, sum_over_processes
 
 
@@ -17,8 +17,17 @@ class Turned(NamedTuple):
 
     chunk: Chunk
     groups: Sequence[Mapping[str, Any]]
-    rates: Tensor  # lr of each row
-    factors: Tensor  # what the steps were multiplied by: 0 where a layer was left as it was
+    rates: Sequence[float] | Tensor  # lr of each row
+    factors: Sequence[float] | Tensor  # what the steps were multiplied by: 0 where a layer was left as it was
+
+
+class Sums(NamedTuple):
+    """What the update takes of one layer on the CPU; ``u`` is what the base added."""
+
+    along: float  # u·w
+    step_square: float  # u·u
+    weight_square: float  # w·w
+    tangent_square: float | None = None  # of the part of u across w, where it is known better than from the others
 
 
 def on_host(chunk: Chunk) -> bool:
@@ -26,99 +35,103 @@ def on_host(chunk: Chunk) -> bool:
     return chunk.pieces[0].device.type == "cpu"
 
 
-def sums_of_whole_layers(chunk: Chunk, initial_norms: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``(u·w, u·u, w·w)`` of each layer of a chunk that this process holds whole; ``u`` is what the base added.
-
-    On the CPU doubtful sums are taken again in float64, and the squares of the tangential parts of nearly radial steps
-    come with them, from the steps themselves; NaN elsewhere, None where there are none.
-    """
-    if not on_host(chunk):
-        return torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]), None
-    rows: list[tuple[float, ...]] = []
-    squares: dict[int, float] = {}
-    for place, (layer, norm) in enumerate(zip(chunk.layers, initial_norms.tolist(), strict=True)):
-        row = layer.sums(norm)
-        if geometry.needs_exact_sums(*row):
-            exact = geometry.step_sums(layer.ascent, layer.weights, exact=True).tolist()
-            row = (exact[0], exact[1], exact[2])
-            if exact[2] > 0:
-                squares[place] = geometry.tangential_square(layer.ascent, layer.weights, exact[0], exact[2])
-        rows.append(row)
-    tangent = torch.full((len(rows),), math.nan, dtype=torch.float64) if squares else None
-    for place, square in squares.items():
-        assert tangent is not None
-        tangent[place] = square
-    return torch.tensor(rows, dtype=torch.float64), tangent
-
-
-def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
-    """The same over all processes, ``(rows, 3)``: one collective, in which every process must take part."""
-    device = chunk.pieces[0].device
-    if on_host(chunk):
-        local = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers]
-    else:
-        local = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers]
-    sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
-    if local:
-        rows = torch.tensor(chunk.rows).to(device, non_blocking=True)
-        sums.index_copy_(0, rows, torch.stack(local))
-    return sum_over_processes(sums, chunk.counts, device)
-
-
-def rows_of_norms(chunk: Chunk, norms: Sequence[Tensor | None], sums: Tensor | None = None) -> Tensor:
-    """The initial norms of each tensor's layers as one vector ``(rows,)``; None stands for today's, from the sums."""
-    known = [norm for norm in norms if norm is not None]
-    if len(known) == chunk.starts[-1] and chunk.is_whole:
-        return torch.stack(known)  # the usual case in one call
-    rows = []
-    for norm, start, stop in zip(norms, chunk.starts, chunk.starts[1:], strict=False):
-        if norm is not None:
-            rows.append(local_tensor(norm).view(-1))
-        elif sums is not None:
-            rows.append(sums[start:stop, 2].sqrt())
-    return torch.cat(rows)
-
-
-def turn(
-    chunk: Chunk,
-    sums: Tensor,
-    initial_norms: Tensor,
-    groups: Sequence[Mapping[str, Any]],
-    tangent_squares: Tensor | None = None,
-) -> Turned:
-    """``w ← a·w - b·s`` for each layer, ``s = -u``.
+def turn_whole_layers(chunk: Chunk, initial_norms: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> Turned:
+    """``w ← a·w - b·s`` with ``s = -u`` for each layer of a chunk that this process holds whole.
 
     Args:
-        chunk: the layers.
-        sums: ``(rows, 3)`` as the functions above give them; changed.
-        initial_norms: ``(rows,)`` norms that the layers return to.
+        chunk: the layers, with the base's step in their stand-ins.
+        initial_norms: norms that each tensor's layers return to.
         groups: the param group of each tensor.
-        tangent_squares: ``(rows,)`` squares of the tangential parts where they are known better than from the sums.
 
     Returns:
         What :func:`angles` needs.
 
     """
-    host = on_host(chunk)
+    if on_host(chunk):
+        norms = _numbers(initial_norms)
+        # One layer is summed and turned before the next: its second pass finds it in cache.
+        return _turn_on_host(chunk, map(_sums, chunk.layers.values(), norms), norms, groups)
+    sums = torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers.values()])
+    return _turn_on_device(chunk, sums, torch.cat([norm.view(-1) for norm in initial_norms]), groups)
+
+
+def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
+    """``(u·w, u·u, w·w)`` of each row over all processes: one collective, in which every process must take part."""
+    device = chunk.pieces[0].device
+    if on_host(chunk):
+        local = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers.values()]
+    else:
+        local = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers.values()]
+    sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
+    if local:
+        rows = torch.tensor(list(chunk.layers)).to(device, non_blocking=True)
+        sums.index_copy_(0, rows, torch.stack(local))
+    return sum_over_processes(sums, chunk.counts, device)
+
+
+def turn_sharded_layers(
+    chunk: Chunk, sums: Tensor, initial_norms: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+) -> Turned:
+    """The same for a chunk of which this process holds pieces; a norm of None stands for today's, from the sums."""
+    norms = [
+        sums[start:stop, 2].sqrt() if norm is None else local_tensor(norm).view(-1)
+        for norm, start, stop in zip(initial_norms, chunk.starts, chunk.starts[1:], strict=False)
+    ]
+    if on_host(chunk):
+        return _turn_on_host(chunk, itertools.starmap(Sums, sums.tolist()), _numbers(norms), groups)
+    return _turn_on_device(chunk, sums, torch.cat(norms), groups)
+
+
+def _sums(layer: Layer, initial_norm: float) -> Sums:
+    """The sums of a whole layer; doubtful ones are taken again in float64."""
+    along, step_square, weight_square = layer.sums(initial_norm)
+    if not geometry.needs_exact_sums(along, step_square, weight_square):
+        return Sums(along, step_square, weight_square)
+    along, step_square, weight_square = geometry.step_sums(layer.ascent, layer.weights, exact=True).tolist()
+    if not weight_square > 0:
+        return Sums(along, step_square, weight_square)
+    tangent_square = geometry.tangential_square(layer.ascent, layer.weights, along, weight_square)
+    return Sums(along, step_square, weight_square, tangent_square)
+
+
+def _numbers(norms: Sequence[Tensor]) -> list[float]:
+    return [number for norm in norms for number in (norm.view(-1).tolist() if norm.dim() else [norm.item()])]
+
+
+def _turn_on_host(
+    chunk: Chunk, sums: Iterable[Sums], norms: Sequence[float], groups: Sequence[Mapping[str, Any]]
+) -> Turned:
+    rates = chunk.per_row([float(group["lr"]) for group in groups])
+    tangential = chunk.per_row([group["tangential"] for group in groups])
+    factors = []
+    for row, (known, norm, rate, projects) in enumerate(zip(sums, norms, rates, tangential, strict=True)):
+        a, b = geometry.layca_coefficients(
+            -known.along,
+            known.step_square,
+            known.weight_square,
+            rate,
+            norm,
+            tangential=projects,
+            tangent_square=known.tangent_square,
+        )
+        factors.append(b)
+        if row in chunk.layers and (a != 1.0 or b != 0.0):
+            chunk.layers[row].turn(a, b)
+    return Turned(chunk, groups, rates, factors)
+
+
+def _turn_on_device(chunk: Chunk, sums: Tensor, norms: Tensor, groups: Sequence[Mapping[str, Any]]) -> Turned:
     sums[:, 0].neg_()
     tangential = chunk.per_row([group["tangential"] for group in groups])
     rates = _vector(chunk.per_row([group["lr"] for group in groups]), sums)
-    a, b = geometry.layca_coefficients(
+    a, b = geometry.device_coefficients(
         sums,
         rates,
-        initial_norms.to(sums.dtype),
+        norms.to(sums.dtype),
         None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
-        tangent_squares,
-        fp32_products=not host,
     )
-    if not host:
-        for row, layer in zip(chunk.rows, chunk.layers, strict=True):
-            layer.turn_on_device(a[row], b[row])
-        return Turned(chunk, groups, rates, b)
-    scales, factors = a.tolist(), b.tolist()
-    for row, layer in zip(chunk.rows, chunk.layers, strict=True):
-        if scales[row] != 1.0 or factors[row] != 0.0:
-            layer.turn(scales[row], factors[row])
+    for row, layer in chunk.layers.items():
+        layer.turn_on_device(a[row], b[row])
     return Turned(chunk, groups, rates, b)
 
 
@@ -142,8 +155,12 @@ def angles(turned: Sequence[Turned]) -> tuple[list[Tensor], Tensor]:
             if is_exact(parameter, group)
         ]
         members += [chunk.items[place][1] for place in exact]
+        of_row, factor = (
+            numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
+            for numbers in (rates, factors)
+        )
         # A factor that is not finite has spoilt the weights.
-        all_angles = torch.where(factors == 0, 0.0, rates.atan() + 0 * factors)
+        all_angles = torch.where(factor == 0, 0.0, of_row.atan() + 0 * factor)
         rows = [chunk.starts[place] for place in exact]
         found.append(all_angles if len(rows) == len(all_angles) else all_angles[rows])
     return members, torch.cat([part.to(found[0]) for part in found]) if found else torch.zeros(0, dtype=torch.float64)

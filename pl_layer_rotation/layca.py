@@ -28,10 +28,9 @@ from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original
 from pl_layer_rotation._turning import (
     Turned,
     angles,
-    rows_of_norms,
     sums_of_sharded_layers,
-    sums_of_whole_layers,
-    turn,
+    turn_sharded_layers,
+    turn_whole_layers,
 )
 
 _NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
@@ -273,10 +272,8 @@ class Layca(Optimizer):
                 edited, _ = self._plain_base.step(loan, plain_options, self.state, new_norms)
             else:
                 chunk.zero()
-                edited, initial = self._base.step(loan, options, self.state, new_norms)
-                norms = rows_of_norms(chunk, initial)
-                sums, tangent_squares = sums_of_whole_layers(chunk, norms)
-                self._turned.append(turn(chunk, sums, norms, self._groups_of(chunk), tangent_squares))
+                edited, norms = self._base.step(loan, options, self.state, new_norms)
+                self._turned.append(turn_whole_layers(chunk, norms, self._groups_of(chunk)))
             changed.update(edited)
         plan.known = len(self.state)
         for index, group in changed.items():
@@ -414,7 +411,7 @@ class Layca(Optimizer):
             for position, (_, parameter) in enumerate(chunk.items):
                 if NORM in self.state.get(parameter, ()):
                     continue
-                layers = chunk.layers[chunk.starts[position] : chunk.starts[position + 1]]
+                layers = [chunk.layers[row] for row in range(*chunk.starts[position : position + 2])]
                 squares = [geometry.step_sums(layer.weights, layer.weights, exact=True)[2] for layer in layers]
                 norm = torch.stack(squares).sqrt().view(chunk.leading_shapes[position]).to(_norm_dtype(parameter))
                 norms[parameter] = norm
@@ -459,7 +456,7 @@ class Layca(Optimizer):
         self._start(chunk, new, sums[:, 2].sqrt())
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
         norms = [self.state[p][NORM] if p in self.state else None for _, p in chunk.items]
-        self._turned.append(turn(chunk, sums, rows_of_norms(chunk, norms, sums), self._groups_of(chunk)))
+        self._turned.append(turn_sharded_layers(chunk, sums, norms, self._groups_of(chunk)))
         return changed
 
     def _groups_of(self, chunk: Chunk) -> list[ParamGroup]:

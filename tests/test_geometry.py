@@ -314,11 +314,16 @@ def test_angle_at_the_ends_and_in_the_middle(distance: float, angle: float) -> N
 
 
 def update(step: Tensor, weights: Tensor, lr: float, tangential: bool = True) -> Tensor:
-    """The weights after one update to their own norm, by the coefficients of the sums."""
-    sums = geometry.step_sums(step, weights, exact=True)[None]
-    one = torch.ones(1, dtype=torch.float64)
-    a, b = geometry.layca_coefficients(sums, lr * one, weights.norm() * one, torch.tensor([tangential]))
-    return float(a) * weights - float(b) * step
+    """The weights after one update to their own norm, by the coefficients of the sums: those of the CPU.
+
+    Those of accelerators must be the same but for round-off.
+    """
+    sums, norm = geometry.step_sums(step, weights, exact=True), float(weights.norm())
+    a, b = geometry.layca_coefficients(*sums.tolist(), lr, norm, tangential=tangential)
+    rate, norms = (torch.tensor([value], dtype=torch.float64) for value in (lr, norm))
+    on_device = geometry.device_coefficients(sums[None], rate, norms, torch.tensor([tangential]))
+    assert [float(value) for value in on_device] == pytest.approx([a, b], rel=1e-9, abs=1e-300, nan_ok=True)
+    return a * weights - b * step
 
 
 @every_dtype
@@ -408,11 +413,19 @@ def test_nan_in_the_step_reaches_the_weights() -> None:
     assert update(step, weights, 0.1).isnan().all()
 
 
-def test_a_known_tangential_square_is_used_and_nan_stands_for_unknown() -> None:
-    sums = torch.tensor([[0.0, 4.0, 1.0]] * 2, dtype=torch.float64)
-    one, known = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, math.nan], dtype=torch.float64)
-    _, b = geometry.layca_coefficients(sums, one, one, torch.tensor([True, True]), known)
-    assert b.tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5) / 2], rel=1e-15, abs=0)
+def test_a_known_tangential_square_is_used() -> None:
+    _, unknown = geometry.layca_coefficients(0.0, 4.0, 1.0, 1.0, 1.0)
+    _, known = geometry.layca_coefficients(0.0, 4.0, 1.0, 1.0, 1.0, tangent_square=1.0)
+    assert [known, unknown] == pytest.approx([math.sqrt(0.5), math.sqrt(0.5) / 2], rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize(
+    "sums", [(0.0, 1.0, 0.0), (math.inf, math.inf, 1.0), (0.0, math.inf, 1.0)], ids=["no weights", "inf", "inf across"]
+)
+@pytest.mark.parametrize("tangential", [True, False], ids=["projected", "hyperball"])
+def test_sums_without_a_direction_spoil_the_weights_visibly(sums: tuple[float, float, float], tangential: bool) -> None:
+    a, b = geometry.layca_coefficients(*sums, 0.1, 1.0, tangential=tangential)
+    assert not math.isfinite(a * 1.0 - b * math.sqrt(sums[1]))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "transposed", "channels_last"])
