@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pl_layer_rotation import _geometry as geometry
+
 _SAME_DIRECTION = 1e-4  # radians: usable bases differ by 2e-11, the others by 4e-3 and more
 
 # What fused kernels take. On the CPU not half precision: torch 2.6's fused SGD leaves most of such weights alone.
@@ -19,8 +21,17 @@ _WIDE = (torch.float32, torch.float64)
 _FUSED_KINDS = frozenset(
     [*(("cpu", dtype) for dtype in _WIDE), *(("cuda", dtype) for dtype in (*_WIDE, torch.float16, torch.bfloat16))]
 )
+# Elements of a tensor from which on a call for it alone costs less than what it saves.
+_LARGE = 1 << 14
 # Whether an accelerator captures a graph: the name until torch 2.9, and since.
 _CAPTURE_CHECKS = ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check")
+
+
+def _nothing() -> None:
+    """Take the place of a check that has nothing to check on the CPU."""
+
+
+_NO_CAPTURE_CHECKS = dict.fromkeys(_CAPTURE_CHECKS, _nothing)
 
 BaseOptimizer = type[Optimizer] | str | Callable[[Iterable[Any]], Optimizer]
 
@@ -69,11 +80,17 @@ def resolve_base(base: BaseOptimizer, options: Mapping[str, Any], argument: str 
 
 
 class Loan:
-    """What is stepped in the place of which parameters, and all that follows from it for every step.
+    """What is stepped in the place of which parameters, and all that follows from it and the kind of the gradients.
 
     Args:
         items: param group's index and parameter.
         lent: what is stepped in the place of each parameter; may be the parameter itself.
+
+    Attributes:
+        has_sparse: whether a gradient is sparse.
+        can_fuse: whether fused kernels take these tensors, and the gradients lie in memory as the lent tensors do: such
+            kernels pair elements by their place there.
+        is_large: whether a call for each tensor is worth its while.
 
     """
 
@@ -84,23 +101,15 @@ class Loan:
         for (index, _), stand_in in zip(items, lent, strict=True):
             self.members.setdefault(index, []).append(stand_in)
         self.on_host = all(tensor.device.type == "cpu" for tensor in lent)
-        self.fusable = all(
+        self.is_large = sum(tensor.numel() for tensor in lent) >= _LARGE * len(lent)
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.has_sparse = any(grad is not None and grad.layout is not torch.strided for grad in gradients)
+        self.can_fuse = not self.has_sparse and all(
             # Fused SGD knows no sharding strategy.
-            not isinstance(tensor, DTensor) and (tensor.device.type, tensor.dtype) in _FUSED_KINDS
-            for tensor in lent
-        )
-        self.strides = [tensor.stride() for tensor in lent] if self.fusable else []
-
-    def has_sparse(self) -> bool:
-        """Whether a gradient is sparse."""
-        return any(p.grad is not None and p.grad.layout is not torch.strided for p in self.parameters)
-
-    def can_fuse(self) -> bool:
-        """Whether gradients lie in memory as the lent tensors do: fused kernels pair elements by their place there."""
-        return self.fusable and all(
-            tensor.grad.layout is torch.strided and tensor.grad.stride() == stride
-            for tensor, stride in zip(self.lent, self.strides, strict=True)
-            if tensor.grad is not None
+            not isinstance(tensor, DTensor)
+            and (tensor.device.type, tensor.dtype) in _FUSED_KINDS
+            and (grad is None or grad.stride() == tensor.stride())
+            for tensor, grad in zip(lent, gradients, strict=True)
         )
 
 
@@ -111,11 +120,17 @@ class BorrowedOptimizer:
         optimizer: made on the real groups, so that it has checked its options; it is emptied.
         hidden: key of the state that it must not see. An entry tells an optimizer that its own are there too.
 
+    Attributes:
+        clears: whether it can step from zero what is not zero.
+
     """
 
     def __init__(self, optimizer: Optimizer, hidden: str) -> None:
         self.optimizer = optimizer
         self.hidden = hidden
+        # With a rate and a decay of 1 AdamW takes its step from zero wherever it stands: p - 1·1·p. Its subclasses may
+        # use the decay otherwise.
+        self.clears = type(optimizer) is torch.optim.AdamW
         # Some make their state at construction (Adagrad). A tensor gets it at its first step: earlier, its entry would
         # tell torch's distributed checkpoints that ours is there too.
         self.early_state: dict[Tensor, dict[str, Any]] = dict(optimizer.state)
@@ -127,6 +142,8 @@ class BorrowedOptimizer:
         options: Sequence[Mapping[str, Any]],
         state: MutableMapping[Tensor, dict[str, Any]],
         values: Mapping[Tensor, Tensor],
+        *,
+        clear: bool = False,
     ) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
         """Step the lent tensors with the gradients and the state of the real parameters.
 
@@ -135,16 +152,19 @@ class BorrowedOptimizer:
             options: options of the param groups.
             state: the real state.
             values: hidden values for parameters whose state starts with this step.
+            clear: step from zero whatever finite numbers the lent tensors hold. Only where :attr:`clears` says that
+                the optimizer can, at a rate of 1.
 
         Returns:
-            The options, by group index, that the optimizer changed (some count steps there), and the hidden values.
+            The groups as the optimizer left them (some count steps there), by index, and the hidden values.
 
         """
         known: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         entries: list[dict[str, Any]] = []
         hidden: list[Tensor | None] = []
         for parameter, stand_in in zip(loan.parameters, loan.lent, strict=True):
-            stand_in.grad = parameter.grad
+            if stand_in is not parameter:
+                stand_in.grad = parameter.grad
             entry = state.get(parameter)
             if entry is None:
                 entry = self.early_state.pop(parameter, {})
@@ -153,13 +173,16 @@ class BorrowedOptimizer:
             if entry:
                 known[stand_in] = entry
         # Fused kernels cannot start the state of some tensors while they go on with that of others.
-        fuse = len(known) in (0, len(entries)) and loan.can_fuse()
+        fuse = len(known) in (0, len(entries)) and loan.can_fuse
         groups = self._groups(loan, options, fuse)
+        if clear:
+            for group in groups.values():
+                group["weight_decay"] = 1.0
         self.optimizer.param_groups = list({id(group): group for group in groups.values()}.values())
         self.optimizer.state = known
         if loan.on_host:
             # torch looks for an accelerator before each step of some optimizers: once a chunk, that adds up.
-            vars(self.optimizer).update(dict.fromkeys(_CAPTURE_CHECKS, _nothing))
+            vars(self.optimizer).update(_NO_CAPTURE_CHECKS)
         stepped = False
         try:
             run_step(self.optimizer)
@@ -178,9 +201,46 @@ class BorrowedOptimizer:
                     entries[place][self.hidden] = value
                 elif entries[place]:
                     self.early_state[parameter] = entries[place]
-        kept = ("params", "lr", "fused")
-        changed = {index: {k: v for k, v in group.items() if k not in kept} for index, group in groups.items()}
-        return changed, [value for value in hidden if value is not None]
+        if clear:
+            for index, group in groups.items():
+                group["weight_decay"] = options[index]["weight_decay"]
+        return groups, [value for value in hidden if value is not None]
+
+    def step_momentum(
+        self, loan: Loan, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> list[Tensor] | None:
+        """Step SGD's momentum, which is all of its step, in one pass on the CPU and without stand-ins.
+
+        Args:
+            loan: whose momentum.
+            groups: the param group of each tensor.
+            state: the real state.
+
+        Returns:
+            What SGD subtracts at a rate of 1, or None where :meth:`step` must serve: other optimizers and devices,
+            Nesterov's step, the first step here; and small tensors, of which it takes many in one call.
+
+        """
+        if type(self.optimizer) is not torch.optim.SGD or not (loan.on_host and loan.can_fuse and loan.is_large):
+            return None
+        passes: list[tuple[Tensor, Tensor]] = []
+        buffers: list[Tensor] = []
+        for parameter, group in zip(loan.parameters, groups, strict=True):
+            entry = state.get(parameter, {})
+            buffer = entry.get("momentum_buffer")
+            if buffer is None or self.hidden not in entry or not group["momentum"] or group["nesterov"]:
+                return None
+            assert parameter.grad is not None
+            pair = [geometry.flat_view(tensor) for tensor in (buffer, parameter.grad)]
+            if pair[0] is None or pair[1] is None or buffer.stride() != parameter.grad.stride():
+                return None
+            passes.append((pair[0], pair[1]))
+            buffers.append(buffer)
+        one = torch.ones(1, dtype=passes[0][0].dtype)
+        for (buffer, gradient), group in zip(passes, groups, strict=True):
+            weight = 1 - group["dampening"]
+            geometry.scale_and_add(buffer, group["momentum"], gradient, -weight if group["maximize"] else weight, one)
+        return buffers
 
     def fill_in(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """What older checkpoints lack or write otherwise, in place, as the optimizer's class reads it."""
@@ -239,10 +299,6 @@ class BorrowedOptimizer:
         vars(self).update({**state, "optimizer": optimizer})
 
 
-def _nothing() -> None:
-    """Take the place of a check that has nothing to check on the CPU."""
-
-
 def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two groups can be stepped as one: tensors must be the same objects."""
     return first.keys() == second.keys() and all(
@@ -253,11 +309,20 @@ def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def run_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
-    """The optimizer's step as its class wrote it, without hooks: global step hooks must see Layca's step only."""
-    step = type(optimizer).step
+    """The optimizer's step as its class wrote it, without hooks: global step hooks must see Layca's step only.
+
+    Gradients must be off, unless there is a closure.
+    """
+    step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    step(optimizer, closure) if closure else step(optimizer)
+        step = step.__wrapped__
+    if closure:
+        step(optimizer, closure)
+        return
+    if type(optimizer).__module__.startswith("torch.optim."):
+        # torch's own wrapper, which turns gradients off, too: once a chunk, it adds up.
+        step = getattr(step, "__wrapped__", step)
+    step(optimizer)
 
 
 def check_direction(make_base: Callable[[Any], Optimizer], options: Mapping[str, Any]) -> None:

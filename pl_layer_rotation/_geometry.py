@@ -282,6 +282,14 @@ def flat_view(tensor: Tensor) -> Tensor | None:
     return permuted.view(-1) if permuted.is_contiguous() else None
 
 
+def scale_and_add(flat: Tensor, scale: float, other: Tensor, factor: float, one: Tensor) -> None:
+    """``flat ← scale·flat + factor·other`` in place, for vectors on the CPU.
+
+    An outer product with ``one``, a vector of a single 1: the only in-place kernel that does both in one pass.
+    """
+    flat.view(1, -1).addr_(one, other, beta=scale, alpha=factor)
+
+
 def doubtful(sums: Tensor) -> Tensor:
     """Which layers' sums with scale 1 lost digits to fp32 products: almost only radial, or near the limits of fp32."""
     turned, along, weight_square, reference_square = sums.unbind(-1)

@@ -17,11 +17,11 @@ from pl_layer_rotation._sharding import distributed, local_tensor, original_shap
 T = TypeVar("T")
 Item = tuple[int, Tensor]  # index of the param group, parameter
 Kind = tuple[torch.device, torch.dtype]
-Buffers = dict[Kind, Tensor]
+Buffers = dict[Kind, "Scratch"]
 
-# Elements of the scratch: it stays in cache, which was faster than a buffer for every layer. A larger layer gets a
-# scratch of its own size.
-_ELEMENTS = 1 << 22
+# Elements of the scratch: it stays in cache beside the layers that turn by it, which was faster than four times as many
+# or a buffer for every layer. A larger layer gets a scratch of its own size.
+_ELEMENTS = 1 << 20
 # From this size on a layer's norm is not read in every step, but in one of so many; a sample of its elements is.
 _LARGE = 1 << 14
 _READ_EVERY = 8
@@ -29,51 +29,78 @@ _SAMPLED = 16
 _ALIGNMENT = 16
 
 
+class Scratch:
+    """Memory of one device and dtype that a base steps in the place of weights.
+
+    Attributes:
+        memory: one-dimensional; each run of tensors takes its first elements.
+
+    """
+
+    __slots__ = ("_unknown", "memory")
+
+    def __init__(self, elements: int, kind: Kind) -> None:
+        self.memory = torch.zeros(elements, dtype=kind[1], device=kind[0])
+        self._unknown = 0  # so many of the first elements may hold infinities or NaN
+
+    def is_finite(self) -> bool:
+        """Whether it is known to hold nothing but finite numbers."""
+        return self._unknown == 0
+
+    def lend(self, elements: int, *, clear: bool) -> None:
+        """Give the first elements away to be written, as zeros if asked."""
+        if clear:
+            self.memory[:elements].zero_()
+        self._unknown = max(self._unknown, elements)
+
+    def take_back(self, elements: int) -> None:
+        """Note that what was written there is finite."""
+        if self._unknown <= elements:
+            self._unknown = 0
+
+
 class Layer:
     """One direction that turns: a whole tensor, one of its leading slices, or the piece of either held here.
 
     Attributes:
         weights: the piece of the parameter.
-        ascent: the same piece of its stand-in: what the base added to zero.
+        step: the same piece of what the base left of its step.
 
     """
 
     __slots__ = (
+        "_flat",
         "_mark",
-        "_matrix",
-        "_one",
         "_pieces",
         "_round_off",
         "_sample",
-        "_step",
         "_version",
-        "ascent",
+        "step",
         "weights",
     )
 
-    def __init__(self, weights: Tensor, ascent: Tensor) -> None:
-        self.weights, self.ascent = weights, ascent
+    def __init__(self, weights: Tensor, step: Tensor) -> None:
+        self.weights, self.step = weights, step
         self._pieces: list[tuple[Tensor, Tensor]] | None = None
         self._version, self._mark = -1, math.nan
-        w, u = geometry.flat_view(weights), geometry.flat_view(ascent)
-        if w is None or u is None or weights.stride() != ascent.stride():
+        w, u = geometry.flat_view(weights), geometry.flat_view(step)
+        if w is None or u is None or weights.stride() != step.stride():
             return
         if weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64):
             self._pieces = geometry.chunks(u, w)
-            # An outer product with a vector of one element: the only in-place kernel that scales and adds in one pass.
-            self._matrix, self._step, self._one = w.view(1, -1), u, torch.ones(1, dtype=w.dtype)
+            self._flat = w, u, torch.ones(1, dtype=w.dtype)
             self._round_off = 1e-5 if w.dtype == torch.float32 else 1e-12
             self._sample = w[:: w.numel() // _SAMPLED] if w.numel() >= _LARGE else None
 
     def sums(self, initial_norm: float) -> tuple[float, float, float]:
-        """``(u·w, u·u, w·w)`` on the CPU, products in the dtype of the weights, but at least fp32.
+        """``(u·w, u·u, w·w)`` of the step on the CPU, products in the dtype of the weights, but at least fp32.
 
         Each turn ends at the initial norm, so a large layer's norm is read only where somebody may have written to the
         weights, and now and then against drift. When that is depends on the weights alone, and
         round-off does not count as a change: a resumed training takes the same numbers as one that went on.
         """
         if self._pieces is None:
-            along, step_square, weight_square = geometry.step_sums(self.ascent, self.weights).tolist()
+            along, step_square, weight_square = geometry.step_sums(self.step, self.weights).tolist()
             return along, step_square, weight_square
         is_due = is_changed = True
         if self._sample is not None:
@@ -95,17 +122,18 @@ class Layer:
     def turn(self, scale: float, factor: float) -> None:
         """``w ← scale·w + factor·u`` in place, rounded once."""
         if self._pieces is not None:
-            self._matrix.addr_(self._one, self._step, beta=scale, alpha=factor)
+            w, u, one = self._flat
+            geometry.scale_and_add(w, scale, u, factor, one)
             if self._sample is not None:
                 self._version, self._mark = self.weights._version, self._sample.dot(self._sample).item()
         elif self.weights.dtype in (torch.bfloat16, torch.float16):
-            self.weights.copy_(self.weights.float().mul_(scale).add_(self.ascent.float(), alpha=factor))
+            self.weights.copy_(self.weights.float().mul_(scale).add_(self.step.float(), alpha=factor))
         else:
-            self.weights.mul_(scale).add_(self.ascent, alpha=factor)
+            self.weights.mul_(scale).add_(self.step, alpha=factor)
 
     def turn_on_device(self, scale: Tensor, factor: Tensor) -> None:
         """The same by 0-dim tensors, without waiting for their values."""
-        w, u = self.weights, self.ascent
+        w, u = self.weights, self.step
         if w.dtype in (torch.bfloat16, torch.float16):
             w.copy_(w.float().mul_(scale).addcmul_(u.float(), factor.float()))
         else:
@@ -126,25 +154,25 @@ class Chunk:
         leading_shapes: shape of each tensor's rows: its leading dimensions.
         counts: in how many pieces each row's tensor is cut.
         is_whole: whether this process holds every layer whole.
+        sign: 1 where the layers follow what the base adds to zero, -1 for what it subtracts.
 
     """
 
     def __init__(self, items: list[Item], leading_dims: Sequence[int], buffers: Buffers) -> None:
         self.items = items
+        self._leading_dims = leading_dims
         self.pieces = [local_tensor(parameter) for _, parameter in items]
         self.lent: list[Tensor] = []
         self.layers: dict[int, Layer] = {}
         self.starts: list[int] = [0]
         self.counts: list[int] = []
         self.leading_shapes: list[torch.Size] = []
-        self._zeroed: list[Tensor] = []
         needed = _needed(items)
-        for kind, elements in needed.items():
-            self._zeroed.append(buffers[kind][:elements])
+        self._scratches = [(buffers[kind], elements) for kind, elements in needed.items()]
         used = dict.fromkeys(needed, 0)
         for (_, parameter), piece, leading in zip(items, self.pieces, leading_dims, strict=True):
             kind = (piece.device, piece.dtype)
-            part = buffers[kind][used[kind] : used[kind] + piece.numel()]
+            part = buffers[kind].memory[used[kind] : used[kind] + piece.numel()]
             used[kind] += _aligned(piece.numel())
             dense = geometry.flat_view(piece) is not None
             # Same layout as the weights where that has no gaps, so that elements pair up in memory.
@@ -152,18 +180,40 @@ class Chunk:
             self.lent.append(distributed(view, parameter))
             shape = original_shape(parameter)[:leading]
             rows = _held_slices(parameter, leading)
-            for row, *pair in zip(rows, _slices(piece, leading), _slices(view, leading), strict=True):
-                self.layers[self.starts[-1] + row] = Layer(*pair)
+            for row, weights, step in zip(rows, _slices(piece, leading), _slices(view, leading), strict=True):
+                self.layers[self.starts[-1] + row] = Layer(weights, step)
             self.starts.append(self.starts[-1] + shape.numel())
             self.counts += [shard_count(parameter)] * shape.numel()
             self.leading_shapes.append(shape)
         self.is_whole = all(count == 1 for count in self.counts)
         self.loan = Loan(items, self.lent)
+        self.sign = 1
+        self._followed = list(self.lent)
 
-    def zero(self) -> None:
-        """Clear the stand-ins. The same memory serves other chunks."""
-        for part in self._zeroed:
-            part.zero_()
+    def lend(self, *, clear: bool) -> None:
+        """Give the stand-ins, whose memory serves other chunks too, to the base, as zeros if asked."""
+        for scratch, elements in self._scratches:
+            scratch.lend(elements, clear=clear)
+
+    def is_finite(self) -> bool:
+        """Whether the stand-ins are known to hold nothing but finite numbers."""
+        return all(scratch.is_finite() for scratch, _ in self._scratches)
+
+    def take_back(self) -> None:
+        """Note that the steps that the layers follow are finite."""
+        if all(step is lent for step, lent in zip(self._followed, self.lent, strict=True)):
+            for scratch, elements in self._scratches:
+                scratch.take_back(elements)
+
+    def follow(self, steps: Sequence[Tensor], sign: int) -> None:
+        """Turn by what the base left of its step in these tensors, one for each parameter; it adds sign times that."""
+        self.sign = sign
+        for position, step in enumerate(steps):
+            if step is not self._followed[position]:
+                rows = range(self.starts[position], self.starts[position + 1])
+                for row, part in zip(rows, _slices(step, self._leading_dims[position]), strict=True):
+                    self.layers[row] = Layer(self.layers[row].weights, part)
+                self._followed[position] = step
 
     def position(self, parameter: Tensor) -> int:
         """Where a parameter stands in the chunk."""
@@ -186,7 +236,8 @@ class Plan:
     Attributes:
         key: what the plan holds for.
         plain: what takes the base's plain step.
-        plain_loan: the same as the base takes it.
+        calls: the base's steps: of each chunk of rotating tensors that this process holds whole, and of what is plain
+            (None).
         rotating: both kinds of rotating tensors.
         bfloat16: indices of the groups that rotate bfloat16 weights.
         known: entries that the optimizer's state had after the last step with this plan; -1 before the first.
@@ -218,10 +269,14 @@ class Plan:
         def chunk(items: list[Item], memory: Buffers) -> Chunk:
             return Chunk(items, [groups[index]["leading_dims"] for index, _ in items], memory)
 
-        self.plain_loan = Loan(self.plain, [parameter for _, parameter in self.plain])
         runs = _runs(whole)
         _provide(buffers, runs)
         self.whole = [chunk(run, buffers) for run in runs]
+        self.calls: list[tuple[Loan, Chunk | None]] = [(chunk.loan, chunk) for chunk in self.whole]
+        if self.plain:
+            self.calls.append((Loan(self.plain, [parameter for _, parameter in self.plain]), None))
+        # A base that takes no sparse gradients says so before it moves anything: calls with one go first.
+        self.calls.sort(key=lambda call: not call[0].has_sparse)
         # Their sums meet in one collective, so their steps are in memory together.
         own: Buffers = {}
         _provide(own, [sharded])
@@ -231,7 +286,7 @@ class Plan:
 
 
 def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:
-    """What a plan depends on: who rotates how, which tensors have gradients, and where they lie in memory."""
+    """What a plan depends on: who rotates how, which tensors have gradients, of what kind, and where in memory."""
     key: list[Any] = []
     for group in groups:
         key += [group["rotate"], group["leading_dims"]]
@@ -240,7 +295,10 @@ def plan_key(groups: Sequence[dict[str, Any]]) -> list[Any]:
                 key.append(id(parameter))  # no memory yet
                 continue
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            key += [id(parameter), parameter.grad is None, local.data_ptr(), local.stride(), parameter.requires_grad]
+            grad: Any = parameter.grad
+            if grad is not None:
+                grad = grad.stride() if grad.layout is torch.strided else grad.layout
+            key += [id(parameter), grad, local.data_ptr(), local.stride(), parameter.requires_grad]
     return key
 
 
@@ -289,8 +347,8 @@ def _provide(buffers: Buffers, runs: list[list[Item]]) -> None:
     """Memory for the largest of the runs: one that grew later would leave earlier runs on what it had before."""
     for run in runs:
         for kind, elements in _needed(run).items():
-            if kind not in buffers or buffers[kind].numel() < elements:
-                buffers[kind] = torch.zeros(elements, dtype=kind[1], device=kind[0])
+            if kind not in buffers or buffers[kind].memory.numel() < elements:
+                buffers[kind] = Scratch(elements, kind)
 
 
 def _slices(tensor: Tensor, leading: int) -> Sequence[Tensor]:

@@ -1,6 +1,7 @@
 """From what the base wrote into the scratch to turned weights: sums, coefficients, one pass over the weights."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Turned(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the update takes of one layer on the CPU; ``u`` is what the base added."""
+    """What the update takes of one layer on the CPU; ``u`` is what the base left of its step."""
 
     along: float  # u·w
     step_square: float  # u·u
@@ -36,7 +37,7 @@ def on_host(chunk: Chunk) -> bool:
 
 
 def turn_whole_layers(chunk: Chunk, initial_norms: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> Turned:
-    """``w ← a·w - b·s`` with ``s = -u`` for each layer of a chunk that this process holds whole.
+    """``w ← a·w - b·s`` for each layer of a chunk that this process holds whole.
 
     Args:
         chunk: the layers, with the base's step in their stand-ins.
@@ -51,7 +52,7 @@ def turn_whole_layers(chunk: Chunk, initial_norms: Sequence[Tensor], groups: Seq
         norms = _numbers(initial_norms)
         # One layer is summed and turned before the next: its second pass finds it in cache.
         return _turn_on_host(chunk, map(_sums, chunk.layers.values(), norms), norms, groups)
-    sums = torch.stack([geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers.values()])
+    sums = torch.stack([geometry.device_step_sums(layer.step, layer.weights) for layer in chunk.layers.values()])
     return _turn_on_device(chunk, sums, torch.cat([norm.view(-1) for norm in initial_norms]), groups)
 
 
@@ -59,9 +60,9 @@ def sums_of_sharded_layers(chunk: Chunk) -> Tensor:
     """``(u·w, u·u, w·w)`` of each row over all processes: one collective, in which every process must take part."""
     device = chunk.pieces[0].device
     if on_host(chunk):
-        local = [geometry.step_sums(layer.ascent, layer.weights, exact=True) for layer in chunk.layers.values()]
+        local = [geometry.step_sums(layer.step, layer.weights, exact=True) for layer in chunk.layers.values()]
     else:
-        local = [geometry.device_step_sums(layer.ascent, layer.weights) for layer in chunk.layers.values()]
+        local = [geometry.device_step_sums(layer.step, layer.weights) for layer in chunk.layers.values()]
     sums = torch.zeros(chunk.starts[-1], 3, dtype=geometry.wide_dtype(device), device=device)
     if local:
         rows = torch.tensor(list(chunk.layers)).to(device, non_blocking=True)
@@ -87,10 +88,10 @@ def _sums(layer: Layer, initial_norm: float) -> Sums:
     along, step_square, weight_square = layer.sums(initial_norm)
     if not geometry.needs_exact_sums(along, step_square, weight_square):
         return Sums(along, step_square, weight_square)
-    along, step_square, weight_square = geometry.step_sums(layer.ascent, layer.weights, exact=True).tolist()
-    if not weight_square > 0:
-        return Sums(along, step_square, weight_square)
-    tangent_square = geometry.tangential_square(layer.ascent, layer.weights, along, weight_square)
+    along, step_square, weight_square = geometry.step_sums(layer.step, layer.weights, exact=True).tolist()
+    tangent_square = None
+    if weight_square > 0:
+        tangent_square = geometry.tangential_square(layer.step, layer.weights, along, weight_square)
     return Sums(along, step_square, weight_square, tangent_square)
 
 
@@ -103,10 +104,10 @@ def _turn_on_host(
 ) -> Turned:
     rates = chunk.per_row([float(group["lr"]) for group in groups])
     tangential = chunk.per_row([group["tangential"] for group in groups])
-    factors = []
+    factors, is_finite = [], True
     for row, (known, norm, rate, projects) in enumerate(zip(sums, norms, rates, tangential, strict=True)):
         a, b = geometry.layca_coefficients(
-            -known.along,
+            -chunk.sign * known.along,
             known.step_square,
             known.weight_square,
             rate,
@@ -115,13 +116,16 @@ def _turn_on_host(
             tangent_square=known.tangent_square,
         )
         factors.append(b)
+        is_finite &= math.isfinite(known.step_square)
         if row in chunk.layers and (a != 1.0 or b != 0.0):
-            chunk.layers[row].turn(a, b)
+            chunk.layers[row].turn(a, chunk.sign * b)
+    if is_finite:
+        chunk.take_back()
     return Turned(chunk, groups, rates, factors)
 
 
 def _turn_on_device(chunk: Chunk, sums: Tensor, norms: Tensor, groups: Sequence[Mapping[str, Any]]) -> Turned:
-    sums[:, 0].neg_()
+    sums[:, 0] *= -chunk.sign
     tangential = chunk.per_row([group["tangential"] for group in groups])
     rates = _vector(chunk.per_row([group["lr"] for group in groups]), sums)
     a, b = geometry.device_coefficients(
@@ -130,8 +134,9 @@ def _turn_on_device(chunk: Chunk, sums: Tensor, norms: Tensor, groups: Sequence[
         norms.to(sums.dtype),
         None if all(tangential) else torch.tensor(tangential).to(sums.device, non_blocking=True),
     )
+    signed = chunk.sign * b
     for row, layer in chunk.layers.items():
-        layer.turn_on_device(a[row], b[row])
+        layer.turn_on_device(a[row], signed[row])
     return Turned(chunk, groups, rates, b)
 
 

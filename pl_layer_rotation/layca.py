@@ -33,6 +33,7 @@ from pl_layer_rotation._turning import (
     turn_whole_layers,
 )
 
+_NOT_TAKEN_BACK = frozenset({"params", "lr", "fused"})
 _NOT_LENT = frozenset({"params", "name", "param_names", *OWN_OPTIONS})
 
 
@@ -264,20 +265,25 @@ class Layca(Optimizer):
             changed.update(self._step_sharded(plan.sharded, options))
         if self._plain_base is not self._base:
             plain_options = [self._plain_options(group) for group in self.param_groups]
-        calls: list[tuple[Loan, Chunk | None]] = [(chunk.loan, chunk) for chunk in plan.whole]
-        calls += [(plan.plain_loan, None)] if plan.plain else []
-        # A base that takes no sparse gradients says so before it moves anything: calls with one go first.
-        for loan, chunk in sorted(calls, key=lambda call: not call[0].has_sparse()):
+        for loan, chunk in plan.calls:
             if chunk is None:
                 edited, _ = self._plain_base.step(loan, plain_options, self.state, new_norms)
             else:
-                chunk.zero()
-                edited, norms = self._base.step(loan, options, self.state, new_norms)
-                self._turned.append(turn_whole_layers(chunk, norms, self._groups_of(chunk)))
+                groups = self._groups_of(chunk)
+                momentum = self._base.step_momentum(loan, groups, self.state)
+                if momentum is not None:
+                    edited, norms = {}, [self.state[parameter][NORM] for parameter in loan.parameters]
+                    chunk.follow(momentum, -1)
+                else:
+                    clear = self._base.clears and chunk.is_finite()
+                    chunk.lend(clear=not clear)
+                    edited, norms = self._base.step(loan, options, self.state, new_norms, clear=clear)
+                    chunk.follow(chunk.lent, 1)
+                self._turned.append(turn_whole_layers(chunk, norms, groups))
             changed.update(edited)
         plan.known = len(self.state)
         for index, group in changed.items():
-            self.param_groups[index].update(group)
+            self.param_groups[index].update({key: value for key, value in group.items() if key not in _NOT_TAKEN_BACK})
         return loss
 
     def take_angles(self) -> tuple[list[Tensor], Tensor]:
@@ -447,7 +453,7 @@ class Layca(Optimizer):
 
         Every process takes part, also one without a gradient: its pieces keep their share of the layer's norm.
         """
-        chunk.zero()
+        chunk.lend(clear=True)
         stepped = [position for position, (_, parameter) in enumerate(chunk.items) if parameter.grad is not None]
         loan = Loan([chunk.items[position] for position in stepped], [chunk.lent[position] for position in stepped])
         new = [parameter for parameter in loan.parameters if NORM not in self.state.get(parameter, ())]

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layer_selection": {"_sharding"},
     "_geometry": set(),
     "_sharding": set(),
-    "_base_optimizer": set(),
+    "_base_optimizer": {"_geometry"},
     "learning_rate": set(),
     "metric": {"layer_selection", "_geometry", "_sharding"},
     "param_groups": {"layer_selection", "_sharding"},
