@@ -28,7 +28,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PAGES = ("cost.md", "curves.md", "paper.md", "versions.md")
+PAGES = ("cost.md", "curves.md", "paper.md", "versions.md", "../README.md")
 _BASES = {"AdamW": "AdamW", "SGD momentum": "SGD with momentum"}
 _WORKLOADS = {
     "GPT 10.8 M": "GPT, 10.8 M parameters",
@@ -88,7 +88,8 @@ def training_steps() -> str:
         + [f"+{values['step'][name]['overhead_percent']:.2f} %" for name in names]
         for workload, values in sorted(workloads.items(), key=lambda item: list(_WORKLOADS).index(item[0]))
     ]
-    return _table(["a whole training step, fused AdamW = 0", "forward and backward", *names], rows)
+    heads = [f"**{name}**" if name.startswith("Layca") else name for name in names]
+    return _table(["a whole training step, fused AdamW = 0", "forward and backward", *heads], rows)
 
 
 def monitor() -> str:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import BorrowedOptimizer
 from pl_layer_rotation._scratch import rotates
-from pl_layer_rotation._sharding import local_tensor
+from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
 
 ParamGroup = dict[str, Any]
 
@@ -84,6 +86,44 @@ def check_weight_decay(group: Mapping[str, Any]) -> None:
             f"`weight_decay` must be 0 in a rotating group, got {decay!r}: the norm of a rotating layer is fixed. "
             "Set it in a group with `rotate=False` only."
         )
+
+
+def check_pieces(
+    plain: Sequence[tuple[int, Tensor]],
+    rotating: Sequence[tuple[int, Tensor]],
+    groups: Sequence[ParamGroup],
+    describe: Callable[[Tensor], str],
+) -> None:
+    """Raise for tensors, given with the indices of their groups, of which nobody knows what they are pieces of."""
+    flattened = [p for index, p in plain if groups[index]["rotate"] and is_unknown_piece(p)]
+    if flattened:
+        raise RuntimeError(
+            f"`params` must keep their shape, got {', '.join(map(describe, flattened[:3]))}, flattened by "
+            "FSDP1: a layer cannot be told from a bias. Use `layca_optimizers(self)`, which knows their shapes, or "
+            "ModelParallelStrategy with `fully_shard` (FSDP2)."
+        )
+    cut = [p for index, p in rotating if groups[index]["leading_dims"] and original_shape(p) != p.shape]
+    if cut:
+        raise RuntimeError(
+            f"`leading_dims` must be 0 where FSDP1 cuts layers, got {', '.join(map(describe, cut[:3]))}. "
+            "Use ModelParallelStrategy with `fully_shard` (FSDP2)."
+        )
+
+
+def warn_of_rounding(groups: Sequence[ParamGroup]) -> bool:
+    """Warn where bfloat16 weights of these groups round most of a step away; whether there was reason to."""
+    rates = [group["lr"] for group in groups]
+    # The value of a rate on an accelerator would have to be waited for.
+    known = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
+    small = [rate for rate in known if 0 < rate < geometry.BF16_LIMIT]
+    if small:
+        warnings.warn(
+            f"bfloat16 weights move by about {geometry.bf16_share(min(small)):.0%} of a step at lr "
+            f"{min(small):.2g}; rounding takes the rest. Use rates of 3e-3 and more, or fp32 weights: "
+            "`Trainer(precision='bf16-mixed')`.",
+            stacklevel=5,
+        )
+    return bool(small)
 
 
 def check_saved_options(saved: ParamGroup, base: BorrowedOptimizer) -> None:

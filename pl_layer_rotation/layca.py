@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._base_optimizer import BaseOptimizer, BorrowedOptimizer, Loan, check_direction, resolve_base
+from pl_layer_rotation._initial_norms import drop_placeholders, new_norms, remember_sharded, zero_norm
 from pl_layer_rotation._options import (
     NORM,
     OWN_OPTIONS,
     ParamGroup,
     check_leading_dims,
     check_lr,
+    check_pieces,
     check_saved_options,
     check_saved_state,
     check_weight_decay,
     make_two,
     options_of_base,
+    warn_of_rounding,
 )
-from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, replicated, rotates
-from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
+from pl_layer_rotation._scratch import Buffers, Chunk, Plan, plan_key, rotates
 from pl_layer_rotation._turning import (
     Turned,
     angles,
@@ -250,14 +251,14 @@ class Layca(Optimizer):
         # Tensors keep their memory from step to step; what follows from that alone is worked out once.
         if self._plan is None or self._plan.key != plan_key(self.param_groups):
             plan = Plan(self.param_groups, self._scratch)
-            self._check_pieces(plan)
-            self._drop_placeholders(plan)
+            check_pieces(plan.plain, plan.rotating, self.param_groups, self._describe)
+            drop_placeholders(plan, self.state)
             self._plan = plan
         plan = self._plan
         self._turned = []
         if plan.bfloat16 and not self._told_resolution:
-            self._tell_resolution(plan)
-        new_norms = self._new_norms(plan) if len(self.state) != plan.known else {}
+            self._told_resolution = warn_of_rounding([self.param_groups[index] for index in plan.bfloat16])
+        norms = new_norms(plan, self.state, self._describe) if len(self.state) != plan.known else {}
         plain_options = [_lent_options(group) for group in self.param_groups]
         options = [{**group, "lr": 1.0} for group in plain_options]
         changed: dict[int, ParamGroup] = {}
@@ -267,19 +268,19 @@ class Layca(Optimizer):
             plain_options = [self._plain_options(group) for group in self.param_groups]
         for loan, chunk in plan.calls:
             if chunk is None:
-                edited, _ = self._plain_base.step(loan, plain_options, self.state, new_norms)
+                edited, _ = self._plain_base.step(loan, plain_options, self.state, norms)
             else:
                 groups = self._groups_of(chunk)
                 momentum = self._base.step_momentum(loan, groups, self.state)
                 if momentum is not None:
-                    edited, norms = {}, [self.state[parameter][NORM] for parameter in loan.parameters]
+                    edited, kept = {}, [self.state[parameter][NORM] for parameter in loan.parameters]
                     chunk.follow(momentum, -1)
                 else:
                     clear = self._base.clears and chunk.is_finite()
                     chunk.lend(clear=not clear)
-                    edited, norms = self._base.step(loan, options, self.state, new_norms, clear=clear)
+                    edited, kept = self._base.step(loan, options, self.state, norms, clear=clear)
                     chunk.follow(chunk.lent, 1)
-                self._turned.append(turn_whole_layers(chunk, norms, groups))
+                self._turned.append(turn_whole_layers(chunk, kept, groups))
             changed.update(edited)
         plan.known = len(self.state)
         for index, group in changed.items():
@@ -367,73 +368,6 @@ class Layca(Optimizer):
     def _base_of(self, turns: bool) -> BorrowedOptimizer:
         return self._base if turns else self._plain_base
 
-    def _tell_resolution(self, plan: Plan) -> None:
-        """Warn once where bfloat16 weights round most of a step away."""
-        rates = [self.param_groups[index]["lr"] for index in plan.bfloat16]
-        # The value of a rate on an accelerator would have to be waited for.
-        small = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
-        small = [rate for rate in small if 0 < rate < geometry.BF16_LIMIT]
-        if small:
-            self._told_resolution = True
-            warnings.warn(
-                f"bfloat16 weights move by about {geometry.bf16_share(min(small)):.0%} of a step at lr "
-                f"{min(small):.2g}; rounding takes the rest. Use rates of 3e-3 and more, or fp32 weights: "
-                "`Trainer(precision='bf16-mixed')`.",
-                stacklevel=5,
-            )
-
-    def _check_pieces(self, plan: Plan) -> None:
-        """Raise for tensors of which nobody knows what they are pieces of."""
-        groups = self.param_groups
-        flattened = [p for index, p in plan.plain if groups[index]["rotate"] and is_unknown_piece(p)]
-        if flattened:
-            raise RuntimeError(
-                f"`params` must keep their shape, got {', '.join(map(self._describe, flattened[:3]))}, flattened by "
-                "FSDP1: a layer cannot be told from a bias. Use `layca_optimizers(self)`, which knows their shapes, or "
-                "ModelParallelStrategy with `fully_shard` (FSDP2)."
-            )
-        cut = [p for index, p in plan.rotating if groups[index]["leading_dims"] and original_shape(p) != p.shape]
-        if cut:
-            raise RuntimeError(
-                f"`leading_dims` must be 0 where FSDP1 cuts layers, got {', '.join(map(self._describe, cut[:3]))}. "
-                "Use ModelParallelStrategy with `fully_shard` (FSDP2)."
-            )
-
-    def _drop_placeholders(self, plan: Plan) -> None:
-        """Let tensors that took plain steps before and turn from now on start from today's norm."""
-        for _, parameter in plan.rotating:
-            entry = self.state.get(parameter, {})
-            if NORM in entry and not local_tensor(entry[NORM]).any():
-                del entry[NORM]
-
-    def _new_norms(self, plan: Plan) -> dict[Tensor, Tensor]:
-        """Norms of the whole tensors that step for the first time.
-
-        Plain tensors get a 0: checkpoints of sharded models need an entry for every stepped parameter.
-        """
-        norms = {p: _zero_norm(p) for _, p in plan.plain if NORM not in self.state.get(p, ())}
-        zeros = []
-        for chunk in plan.whole:
-            for position, (_, parameter) in enumerate(chunk.items):
-                if NORM in self.state.get(parameter, ()):
-                    continue
-                layers = [chunk.layers[row] for row in range(*chunk.starts[position : position + 2])]
-                squares = [geometry.step_sums(layer.weights, layer.weights, exact=True)[2] for layer in layers]
-                norm = torch.stack(squares).sqrt().view(chunk.leading_shapes[position]).to(_norm_dtype(parameter))
-                norms[parameter] = norm
-                if not norm.all():
-                    zeros.append(parameter)
-        self._check_zeros(zeros)
-        return norms
-
-    def _check_zeros(self, zeros: list[Tensor]) -> None:
-        if zeros:
-            raise RuntimeError(
-                f"`params` with `rotate=True` must not be all zeros, got {', '.join(map(self._describe, zeros))}: "
-                "a layer of zeros has no direction to turn. Put it into a group with `rotate=False`, as "
-                "`layca_optimizers` does, or initialize it."
-            )
-
     def _describe(self, parameter: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
             for position, member in enumerate(group["params"]):
@@ -457,9 +391,9 @@ class Layca(Optimizer):
         stepped = [position for position, (_, parameter) in enumerate(chunk.items) if parameter.grad is not None]
         loan = Loan([chunk.items[position] for position in stepped], [chunk.lent[position] for position in stepped])
         new = [parameter for parameter in loan.parameters if NORM not in self.state.get(parameter, ())]
-        changed = self._base.step(loan, options, self.state, {p: _zero_norm(p) for p in new})[0] if stepped else {}
+        changed = self._base.step(loan, options, self.state, {p: zero_norm(p) for p in new})[0] if stepped else {}
         sums = sums_of_sharded_layers(chunk)
-        self._start(chunk, new, sums[:, 2].sqrt())
+        remember_sharded(chunk, new, sums[:, 2].sqrt(), self.state, self._describe)
         # Without a gradient here, and one elsewhere, a layer may have no state here: its norm is today's.
         norms = [self.state[p][NORM] if p in self.state else None for _, p in chunk.items]
         self._turned.append(turn_sharded_layers(chunk, sums, norms, self._groups_of(chunk)))
@@ -468,27 +402,7 @@ class Layca(Optimizer):
     def _groups_of(self, chunk: Chunk) -> list[ParamGroup]:
         return [self.param_groups[index] for index, _ in chunk.items]
 
-    def _start(self, chunk: Chunk, new: list[Tensor], norms: Tensor) -> None:
-        """Remember the norms of the tensors that step for the first time; refuse zeros before anything moves."""
-        zeros = []
-        for parameter in new:
-            position = chunk.position(parameter)
-            start, stop = chunk.starts[position : position + 2]
-            norm = norms[start:stop].view(chunk.leading_shapes[position]).to(_norm_dtype(parameter), copy=True)
-            self.state[parameter][NORM] = replicated(norm, parameter)
-            if not norm.all():
-                zeros.append(parameter)
-        self._check_zeros(zeros)
-
 
 def _lent_options(group: ParamGroup) -> ParamGroup:
     """What a base sees of a group; without the name, so that groups of one setting are stepped as one."""
     return {key: value for key, value in group.items() if key not in _NOT_LENT}
-
-
-def _zero_norm(parameter: Tensor) -> Tensor:
-    return torch.zeros((), dtype=_norm_dtype(parameter), device=local_tensor(parameter).device)
-
-
-def _norm_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32).to_real()
