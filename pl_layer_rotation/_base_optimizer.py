@@ -88,8 +88,8 @@ class Loan:
 
     Attributes:
         has_sparse: whether a gradient is sparse.
-        can_fuse: whether fused kernels take these tensors, and the gradients lie in memory as the lent tensors do: such
-            kernels pair elements by their place there.
+        can_fuse: whether fused kernels take these tensors, which have no gaps in memory, and the gradients lie there as
+            the lent tensors do: such kernels pair elements by their place.
         is_large: whether a call for each tensor is worth its while.
 
     """
@@ -108,9 +108,28 @@ class Loan:
             # Fused SGD knows no sharding strategy.
             not isinstance(tensor, DTensor)
             and (tensor.device.type, tensor.dtype) in _FUSED_KINDS
+            and geometry.flat_view(tensor) is not None
             and (grad is None or grad.stride() == tensor.stride())
             for tensor, grad in zip(lent, gradients, strict=True)
         )
+        self._state_fits: bool | None = None
+
+    def can_fuse_with(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether also the state of the lent tensors lies in memory as they do.
+
+        It does not where weights changed their memory format since the state was made. Looked at once: what a step
+        makes has the layout of the lent tensors, or of gradients that lie as they do.
+        """
+        if not self.can_fuse:
+            return False
+        if self._state_fits is None:
+            self._state_fits = all(
+                _lie_alike(value, tensor)
+                for tensor, entry in state.items()
+                for value in entry.values()
+                if isinstance(value, Tensor) and value.dim() > 0
+            )
+        return self._state_fits
 
 
 class BorrowedOptimizer:
@@ -173,7 +192,7 @@ class BorrowedOptimizer:
             if entry:
                 known[stand_in] = entry
         # Fused kernels cannot start the state of some tensors while they go on with that of others.
-        fuse = len(known) in (0, len(entries)) and loan.can_fuse
+        fuse = len(known) in (0, len(entries)) and loan.can_fuse_with(known)
         groups = self._groups(loan, options, fuse)
         if clear:
             for group in groups.values():
@@ -193,10 +212,11 @@ class BorrowedOptimizer:
                 if stand_in is not parameter:
                     stand_in.grad = None
                 value = hidden[place]
-                if value is None and stepped:
-                    entries[place] = known.get(stand_in, {})
-                    value = hidden[place] = values[parameter]
-                    state[parameter] = entries[place]
+                made = known.get(stand_in, entries[place])
+                if stepped and (value is None or made is not entries[place]):
+                    # Some remember nothing at first: SGD before its momentum is switched on.
+                    entries[place] = state[parameter] = made
+                    value = hidden[place] = values[parameter] if value is None else value
                 if value is not None:
                     entries[place][self.hidden] = value
                 elif entries[place]:
@@ -297,6 +317,14 @@ class BorrowedOptimizer:
         optimizer = object.__new__(kind)
         vars(optimizer).update(attributes)
         vars(self).update({**state, "optimizer": optimizer})
+
+
+def _lie_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike; the stride of a dimension of one element says nothing."""
+    return first.layout is torch.strided and all(
+        size < 2 or one == other
+        for size, one, other in zip(second.shape, first.stride(), second.stride(), strict=False)
+    )
 
 
 def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -307,7 +307,7 @@ def rotates(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     if not group["rotate"]:
         return False
     shape = original_shape(parameter)
-    return len(shape) >= 2 and shape[group["leading_dims"] :].numel() > 1
+    return len(shape) >= 2 and shape.numel() > 0 and shape[group["leading_dims"] :].numel() > 1
 
 
 def _runs(items: list[Item]) -> list[list[Item]]:

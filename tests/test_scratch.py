@@ -206,3 +206,43 @@ def test_momentum_goes_on_after_a_loaded_state() -> None:
             give_gradients(each, step)
             one.step()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, twins, strict=True))
+
+
+def test_momentum_that_is_switched_on_later_is_remembered() -> None:
+    (tensor,) = tensors = [nn.Parameter(torch.eye(200, dtype=torch.float64) + 0.1)]
+    optimizer = Layca(tensors, lr=0.03)
+    buffer = torch.zeros_like(tensor)
+    for step, momentum in enumerate([0.0, 0.9, 0.9, 0.9]):
+        optimizer.param_groups[0]["momentum"] = momentum
+        give_gradients(tensors, step)
+        assert tensor.grad is not None
+        optimizer.step()
+        if momentum:
+            buffer = momentum * buffer + tensor.grad
+    torch.testing.assert_close(optimizer.state[tensor]["momentum_buffer"], buffer)
+
+
+def test_state_of_another_memory_format_is_paired_by_element() -> None:
+    shape = (64, 16, 3, 3)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        (tensor,) = tensors = [nn.Parameter(start.clone())]
+        optimizer = Layca(tensors, lr=0.03, base="AdamW")
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            if step == 2:
+                tensor.data = tensor.data.contiguous(memory_format=memory_format)
+            gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensor.grad = gradient.contiguous(memory_format=memory_format if step >= 2 else torch.contiguous_format)
+            optimizer.step()
+        results.append(tensor.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_tensor_without_elements_takes_plain_steps() -> None:
+    empty, layer = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.eye(3))
+    optimizer = Layca([empty, layer], lr=0.1, leading_dims=1)
+    empty.grad, layer.grad = torch.empty(0, 3), torch.ones(3, 3)
+    optimizer.step()
+    assert layer.detach().norm(dim=1).tolist() == pytest.approx([1.0] * 3, rel=1e-6)
