@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pl_layer_rotation import RotationHistory
+from pl_layer_rotation._log_keys import log_keys
 from pl_layer_rotation._output import Attempts, Output
-from pl_layer_rotation.history import log_keys
 from pl_layer_rotation.report.wandb_sink import log_charts, prepare_run
 
 WARM_UP = 2

@@ -13,7 +13,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from pl_layer_rotation._lightning import final_facts, log_folder, wandb_loggers
-from pl_layer_rotation.history import RotationHistory, log_keys
+from pl_layer_rotation._log_keys import log_keys
+from pl_layer_rotation.history import RotationHistory
 
 Reading = dict[str, list[float]]
 

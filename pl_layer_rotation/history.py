@@ -1,21 +1,17 @@
 """The recorded curves of one run: plain data, and the file that holds them."""
 
 import copy
-import json
 import math
 import operator
 import os
-import re
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pl_layer_rotation import _history_file
 from pl_layer_rotation._thinning import Thinning
 
 if TYPE_CHECKING:
@@ -24,11 +20,6 @@ if TYPE_CHECKING:
 
     from pl_layer_rotation.report.findings import Finding
     from pl_layer_rotation.report.suggestion import RateSuggestion
-
-_FORMAT = "pl-layer-rotation history"
-_VERSION = 1
-_NOT_FINITE = frozenset({"nan", "inf", "-inf"})
-_KEY_LENGTH = 100  # characters of a layer's name in a logged key: some loggers make file names of them
 
 
 class RotationHistory:
@@ -102,8 +93,10 @@ class RotationHistory:
         return notebook_html(self)
 
     def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RotationHistory):
+            return False
         # Through the encoded form, where an unmeasured value equals itself (NaN does not).
-        return isinstance(other, RotationHistory) and _encode(self._content()) == _encode(other._content())
+        return _history_file.encode(self._content()) == _history_file.encode(other._content())
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -270,8 +263,7 @@ class RotationHistory:
         """
         content = self._content()
         rows = content.pop("rows")
-        lines = [{"format": _FORMAT, "version": _VERSION, **content}, *rows]
-        write_text(path, "".join(_encode(line) + "\n" for line in lines))
+        _history_file.write(path, content, rows)
 
     def save_last_row(self, path: str | os.PathLike[str]) -> None:
         """Add the last reading to a file that :meth:`save` wrote, without writing the others again.
@@ -282,9 +274,7 @@ class RotationHistory:
             path: the file; it must hold the readings before the last, of the same layers.
 
         """
-        line = _encode({"step": self.steps[-1], **self._rows[-1]}) + "\n"
-        with open(path, "a", encoding="utf-8", newline="\n") as stream:
-            stream.write(line)
+        _history_file.add_row(path, {"step": self.steps[-1], **self._rows[-1]})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RotationHistory":
@@ -300,36 +290,7 @@ class RotationHistory:
             ValueError: If the file is none of ours, was damaged, or comes from a newer version of the package.
 
         """
-        file = Path(path)
-        try:
-            with file.open(encoding="utf-8") as stream:
-                if stream.read(1) != "{":
-                    raise ValueError("no JSON object")  # before gigabytes of a checkpoint are read
-            # Not `splitlines`, which also cuts at the exotic line ends that a layer's name may hold.
-            first, *rest = file.read_text(encoding="utf-8").split("\n")
-            cut = rest.pop() if rest else ""
-            header = _decode(first)
-            known = header["format"] == _FORMAT
-            version = int(header["version"])
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise _foreign(file, "it has no header of ours") from error
-        if not known:
-            raise _foreign(file, f"its format is {header['format']!r}")
-        if version > _VERSION:
-            raise ValueError(
-                f"`path` must be a history of format version {_VERSION} or older, got version {version} in {file}. "
-                "Upgrade pl-layer-rotation."
-            )
-        if cut:
-            warnings.warn(f"The last reading in {file} was cut while it was written and is left out.", stacklevel=2)
-        try:
-            facts = _restored(header["facts"], in_row=False)
-            rows = [_restored(_decode(line), in_row=True) for line in rest]
-            if not all(isinstance(layer["name"], str) for layer in header["layers"]):
-                raise TypeError("a layer's name is no text")
-            return cls.from_state_dict({"layers": header["layers"], "facts": facts, "rows": rows})
-        except (ValueError, KeyError, TypeError) as error:
-            raise _foreign(file, f"it is damaged: {error}") from error
+        return _history_file.read(path, cls.from_state_dict)
 
     def to_pandas(self) -> "pd.DataFrame":
         """The readings as a tidy table: one row for each step, layer and quantity that has a value.
@@ -383,83 +344,3 @@ class RotationHistory:
         from pl_layer_rotation.report.suggestion import suggest_lr
 
         return suggest_lr(self, *others)
-
-
-def log_keys(layer_names: Sequence[str], quantity: str = "rotation") -> list[str]:
-    """Names under which loggers get one quantity of each layer, such as ``layer_rotation/007_block_conv1``.
-
-    The zero-padded depth keeps them unique and makes alphabetical order depth order; every character that a logger
-    could trip over (W&B splits names at dots, a slash opens a section) becomes an underscore.
-
-    Args:
-        layer_names: names in depth order.
-        quantity: what is logged.
-
-    Example::
-
-        >>> log_keys(["stem.conv", "fc"])
-        ['layer_rotation/000_stem_conv', 'layer_rotation/001_fc']
-
-    """
-    digits = max(3, len(str(len(layer_names) - 1)))
-    return [
-        f"layer_{quantity}/{depth:0{digits}d}_{re.sub('[^0-9A-Za-z_]+', '_', name)[:_KEY_LENGTH]}"
-        for depth, name in enumerate(layer_names)
-    ]
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        # mkstemp makes private files; a report is meant to be read like any other file in the folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _foreign(file: Path, why: str) -> ValueError:
-    return ValueError(
-        f"`path` must be a file written by `RotationHistory.save`, got {file}, but {why}. Pass another file."
-    )
-
-
-def _encode(value: Any) -> str:
-    """Strict JSON: null for a missing value of a layer, the words of `_NOT_FINITE` for other floats that JSON lacks."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def _finite(value: Any, in_row: bool = False) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if in_row and math.isnan(value) else str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item, "step" in value) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item, in_row) for item in value]
-    return value
-
-
-def _decode(line: str) -> dict[str, Any]:
-    decoded = json.loads(line)
-    if not isinstance(decoded, dict):
-        raise ValueError(f"line is no JSON object: {line[:40]!r}")
-    return decoded
-
-
-def _restored(value: Any, in_row: bool) -> Any:
-    """What `_finite` made strict, with its floats as they were."""
-    if isinstance(value, dict):
-        return {key: _restored(item, in_row) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item, in_row) for item in value]
-    if value is None and in_row:
-        return math.nan
-    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value

@@ -15,7 +15,7 @@ from histories import HOSTILE, history_of
 from offline_runs import read_offline_run
 
 from pl_layer_rotation import RotationHistory, __version__, cli
-from pl_layer_rotation.history import log_keys
+from pl_layer_rotation._log_keys import log_keys
 from pl_layer_rotation.report.wandb_sink import run_config
 
 COMMANDS = ("report", "compare", "show", "workspace")

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pl_layer_rotation import RotationHistory
-from pl_layer_rotation.history import log_keys, write_text
+from pl_layer_rotation._log_keys import log_keys
+from pl_layer_rotation._text_file import write_text
 
 NAN, INF = math.nan, math.inf
 HOSTILE = [

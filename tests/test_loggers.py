@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pl_layer_rotation import LayerRotationMonitor, RotationHistory
-from pl_layer_rotation.history import log_keys
+from pl_layer_rotation._log_keys import log_keys
 
 QUANTITIES = ["rotation", "norm_ratio"]
 Series = dict[str, list[tuple[int, float]]]

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import WandbLogger
 from wandb_server import ServedRun, WandbServer, wandb_server
 
 from pl_layer_rotation import LayerRotationMonitor, RotationHistory
-from pl_layer_rotation.history import log_keys
+from pl_layer_rotation._log_keys import log_keys
 
 CHARTS = ("rotation", "final_rotation", "heatmap")
 QUANTITIES = ["rotation", "angular_update", "norm_ratio", "straightness"]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pl_layer_rotation.history import RotationHistory, write_text
+from pl_layer_rotation._text_file import write_text
+from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.compare_figures import (
     FEW_RUNS,
     MOST_CELLS,

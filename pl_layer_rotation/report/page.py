@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from pl_layer_rotation.history import RotationHistory, write_text
+from pl_layer_rotation._text_file import write_text
+from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.figures import (
     Drawing,
     depth_colors,

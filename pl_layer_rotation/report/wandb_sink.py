@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pl_layer_rotation.history import RotationHistory, log_keys
+from pl_layer_rotation._log_keys import log_keys
+from pl_layer_rotation.history import RotationHistory
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run  # `wandb.Run` came after 0.19

@@ -13,7 +13,7 @@ from nets import Net, batches
 from offline_runs import read_offline_run
 
 from pl_layer_rotation import LayerRotationMonitor, RotationHistory
-from pl_layer_rotation.history import log_keys
+from pl_layer_rotation._log_keys import log_keys
 from pl_layer_rotation.report.offline_run import OfflineRun, read_log, read_title, to_history
 from pl_layer_rotation.report.runs import find_runs, read_run
 from pl_layer_rotation.report.wandb_sink import run_config

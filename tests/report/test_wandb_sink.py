@@ -13,7 +13,8 @@ from offline_runs import OfflineRun, read_offline_run
 from wandb.cli.cli import cli
 from wandb.sdk.wandb_run import Run
 
-from pl_layer_rotation.history import RotationHistory, log_keys
+from pl_layer_rotation._log_keys import log_keys
+from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.figures import figures
 from pl_layer_rotation.report.wandb_sink import (
     chart_keys,

@@ -9,7 +9,7 @@ import pytest
 import wandb
 from wandb_server import WandbServer, wandb_server
 
-from pl_layer_rotation.history import log_keys
+from pl_layer_rotation._log_keys import log_keys
 from pl_layer_rotation.report.wandb_sink import chart_keys, logged_key
 from pl_layer_rotation.report.workspace import _library, entity_and_project, save_workspace, workspace_json
 
