@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pl_layer_rotation._arguments import check_choices, check_every_n_steps, check_log_quantities
 from pl_layer_rotation._cadence import Cadence, planned
 from pl_layer_rotation._known_angles import KnownAngles
 from pl_layer_rotation._lightning import (
@@ -44,7 +45,6 @@ from pl_layer_rotation._sharding import local_tensor, original_shape, shard_coun
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.layer_selection import UnreadableLayersError, quantized_layers, select_layers
 
-QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
 # Bytes of a second copy of the layers that `angular_update="auto"` takes.
 _MOST_COPIED = 1 << 30
 # Readings that the history keeps, and values of one quantity: a long training of many layers must not fill the memory.
@@ -146,25 +146,9 @@ class LayerRotationMonitor(CallbackBase):
     ) -> None:
         super().__init__()
         check_reference(reference)
-        _check_choice("reference_device", reference_device, ("same", "cpu"), "'cpu' spares the accelerator.")
-        _check_choice("report", report, (True, False, "wandb"), "'wandb' puts the page into the W&B run too.")
-        _check_choice(
-            "angular_update",
-            angular_update,
-            (True, False, "auto"),
-            "'auto' reads angles where a copy of the layers takes no more than 1 GB.",
-        )
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise MisconfigurationException(
-                f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
-                "None follows the trainer's `log_every_n_steps`."
-            )
-        unknown = [quantity for quantity in log_quantities if quantity not in QUANTITIES]
-        if unknown or isinstance(log_quantities, str):
-            raise MisconfigurationException(
-                f"`log_quantities` must be a list out of {', '.join(QUANTITIES)}, got {log_quantities!r}. "
-                "Pass for instance `log_quantities=['rotation', 'norm_ratio']`."
-            )
+        check_choices(reference_device=reference_device, report=report, angular_update=angular_update)
+        check_every_n_steps(every_n_steps)
+        check_log_quantities(log_quantities)
         self.include, self.exclude = include, exclude
         self.every_n_steps = every_n_steps
         self.log_quantities = tuple(log_quantities)
@@ -515,9 +499,3 @@ class LayerRotationMonitor(CallbackBase):
         self._measuring.free()
         if training:
             self._output.finish(trainer, self.history)
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[Any, ...], mend: str) -> None:
-    if value not in choices:
-        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-        raise MisconfigurationException(f"`{argument}` must be {listed}, got {value!r}. {mend}")

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
     "_running_sums": {"_geometry"},
     "_reference": {"_geometry", "_sharding"},
+    "_arguments": set(),
     "_cadence": set(),
     "_sidecar": {"_geometry", "_sharding"},
     "_measuring": {"_geometry", "_sharding", "_reference", "_running_sums"},

@@ -1,0 +1,60 @@
+"""Checks of the monitor's arguments; those of the weights to measure from are in ``_reference``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
+# What an argument may be, and what to know of the choice.
+_CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "reference_device": (("same", "cpu"), "'cpu' spares the accelerator."),
+    "report": ((True, False, "wandb"), "'wandb' puts the page into the W&B run too."),
+    "angular_update": (
+        (True, False, "auto"),
+        "'auto' reads angles where a copy of the layers takes no more than 1 GB.",
+    ),
+}
+
+
+def check_choices(**arguments: Any) -> None:
+    """Raise unless each of these arguments is one of its choices, in the order given.
+
+    Raises:
+        MisconfigurationException: Naming the first that is not.
+
+    """
+    for argument, value in arguments.items():
+        choices, mend = _CHOICES[argument]
+        if value not in choices:
+            listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+            raise MisconfigurationException(f"`{argument}` must be {listed}, got {value!r}. {mend}")
+
+
+def check_every_n_steps(every_n_steps: Any) -> None:
+    """Raise unless it is a cadence.
+
+    Raises:
+        MisconfigurationException: If it is neither None nor a positive integer.
+
+    """
+    if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+        raise MisconfigurationException(
+            f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
+            "None follows the trainer's `log_every_n_steps`."
+        )
+
+
+def check_log_quantities(log_quantities: Sequence[str]) -> None:
+    """Raise unless loggers can get them.
+
+    Raises:
+        MisconfigurationException: If it is no list of known quantities.
+
+    """
+    unknown = [quantity for quantity in log_quantities if quantity not in QUANTITIES]
+    if unknown or isinstance(log_quantities, str):
+        raise MisconfigurationException(
+            f"`log_quantities` must be a list out of {', '.join(QUANTITIES)}, got {log_quantities!r}. "
+            "Pass for instance `log_quantities=['rotation', 'norm_ratio']`."
+        )
