@@ -39,16 +39,17 @@ class Measuring:
 
     Args:
         references: what layers are measured from.
+        sums: what the angles of single steps have added up to.
 
     Attributes:
         references: the same.
-        sums: what the angles of single steps add up to.
+        sums: the same, as they go on.
 
     """
 
-    def __init__(self, references: References) -> None:
+    def __init__(self, references: References, sums: RunningSums | None = None) -> None:
         self.references = references
-        self.sums = RunningSums()
+        self.sums = RunningSums() if sums is None else sums
         self._before: dict[str, Tensor] = {}
         self._copied: list[str] = []  # layers whose weights should have been copied before this step
         self._turned: tuple[int, list[str], Tensor] = (-1, [], torch.zeros(0))  # the optimizer's own angles, and when

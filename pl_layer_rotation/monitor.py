@@ -1,11 +1,8 @@
 """The callback that measures, records, logs and reports layer rotation while Lightning trains."""
 
-import copy
-import math
 import os
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -17,38 +14,18 @@ from torch.optim import Optimizer
 
 from pl_layer_rotation._arguments import check_choices, check_every_n_steps, check_log_quantities
 from pl_layer_rotation._cadence import Cadence, planned
-from pl_layer_rotation._known_angles import KnownAngles
-from pl_layer_rotation._lightning import (
-    CallbackBase,
-    averages_are_in,
-    current_rates,
-    expected_steps,
-    log_folder,
-    nearby,
-    run_facts,
-    stepped_batches,
-)
-from pl_layer_rotation._measuring import Measuring
-from pl_layer_rotation._output import Attempts, Output, Reading
-from pl_layer_rotation._reference import (
-    SIDECAR,
-    References,
-    check_dtype,
-    check_reference,
-    described,
-    reference_weights,
-    resolution,
-    some_of,
-)
-from pl_layer_rotation._running_sums import RunningSums, straightness
-from pl_layer_rotation._sharding import local_tensor, original_shape, shard_count
+from pl_layer_rotation._lightning import CallbackBase, averages_are_in, expected_steps, stepped_batches
+from pl_layer_rotation._output import Attempts, Output
+from pl_layer_rotation._recording import Recording
+from pl_layer_rotation._reference import References, check_dtype, check_reference
+from pl_layer_rotation._running_sums import RunningSums
+from pl_layer_rotation._sharding import local_tensor
+from pl_layer_rotation._start_of_training import note_facts, refer, resumed, write_sidecar
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.layer_selection import UnreadableLayersError, quantized_layers, select_layers
+from pl_layer_rotation.layer_selection import UnreadableLayersError, select_layers
 
 # Bytes of a second copy of the layers that `angular_update="auto"` takes.
 _MOST_COPIED = 1 << 30
-# Readings that the history keeps, and values of one quantity: a long training of many layers must not fill the memory.
-_MOST_READINGS, _MOST_VALUES, _FEWEST_KEPT = 500, 500_000, 100
 
 
 class LayerRotationMonitor(CallbackBase):
@@ -157,24 +134,22 @@ class LayerRotationMonitor(CallbackBase):
         self.save_reference = save_reference
         self.angular_update = angular_update
         self.report = report
-        self.history = RotationHistory([])
-        self._measuring = Measuring(References())
         self._restored: Mapping[str, Any] | None = None
         self._layers: dict[str, Tensor] = {}  # during a step that is read, as they were found before it
-        self._known = KnownAngles()
-        self._requested: dict[str, float] = {}  # angles that rates ask for, by layer
         self._cadence, self._copies = Cadence(0), True
-        self._rates: tuple[float, ...] = ()
         self._training = False
         self._broken = False  # a measurement failed: nothing is read any more in this fit
-        self._diverged = False  # the last reading met weights that are not finite
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._global_step = 0
         self._step = 0
-        self._latest: tuple[int, Reading] | None = None  # the last reading and its step, recorded or not
-        self._ends_with_extra_row = False
         self._attempt = Attempts()
+        self._recording = Recording(References(), self._attempt)
         self._output = Output(self.log_quantities, report, self._attempt)
+
+    @property
+    def history(self) -> RotationHistory:
+        """The curves until now; with them come figures, findings and files."""
+        return self._recording.history
 
     @property
     def state_key(self) -> str:
@@ -195,37 +170,39 @@ class LayerRotationMonitor(CallbackBase):
             layers = select_layers(pl_module, self.include, self.exclude)
         except UnreadableLayersError as error:
             self._attempt.warn(f"layers cannot be measured, and training goes on without: {str(error).rstrip('.')}")
-            self._start_anew(RotationHistory([]), RunningSums(), {})
+            self._recording = Recording(self._references(), self._attempt)
             return
         except MisconfigurationException:
             if not lazy:
                 raise
             layers = {}  # a pattern may mean a layer that is yet to be initialized
         same = self._module is not None and self._module() is pl_module
-        goes_on = same and self._measuring.references.pieces and trainer.global_step == self._global_step > 0
+        goes_on = same and self._recording.references.pieces and trainer.global_step == self._global_step > 0
         self._module, self._broken, self._step = weakref.ref(pl_module), False, stepped_batches(trainer)
         if self._restored is not None:
-            self._resume(trainer, self._restored, layers)
+            self._recording = resumed(trainer, self._restored, self._references(), layers, self._attempt)
         elif not goes_on:
             if trainer.global_step > 0:
                 self._attempt.warn("the checkpoint holds no layer rotation: curves start where training resumes")
-            self._start_anew(RotationHistory([]), RunningSums(self._step), layers)
+            self._recording = Recording(self._references(), self._attempt, sums=RunningSums(self._step))
+            self._recording.references.plan(layers)
             if self.reference != "init":
-                self._refer(layers)
+                refer(self._recording, self.reference, layers)
         self._restored = None
         expected = bool(layers) or lazy
         if not expected:
             self._attempt.warn(
                 f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)"
             )
-        self._adopt(layers, first=True)
-        if self._measuring.references.sidecar is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._attempt("writing the weights to measure from", self._write_sidecar, trainer, layers)
+        self._recording.adopt(layers, self._step, first=True)
+        references = self._recording.references
+        if references.sidecar is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._attempt("writing the weights to measure from", write_sidecar, trainer, references, layers)
         # A barebones trainer logs never: nothing is read either.
         self._cadence = Cadence(int(self.every_n_steps or trainer.log_every_n_steps))  # type: ignore[attr-defined]
         self._training = expected and self._cadence.every > 0
         self._global_step = trainer.global_step
-        self._attempt("noting the facts", self._note_facts, trainer, pl_module, layers)
+        self._attempt("noting the facts", note_facts, trainer, pl_module, self._recording, self.reference, layers)
         self._attempt("planning the readings", self._plan_angles, trainer, layers)
         self._output.prepare(trainer, self.history)
 
@@ -252,13 +229,14 @@ class LayerRotationMonitor(CallbackBase):
         self._global_step = trainer.global_step
         step = stepped_batches(trainer) + 1
         due, self._step = self._cadence.reads(step, self._step), step
-        if self._reads(trainer) and self._measure(self._take_turned, trainer):
+        measuring = self._recording.measuring
+        if self._reads(trainer) and self._measure(self._recording.take_turned, trainer, step):
             if due and self._measure(self._read, pl_module):
                 self._record(trainer)
-            elif self._measuring.waits:
-                self._measure(self._measuring.read_angles, self._layers, step)
+            elif measuring.waits:
+                self._measure(measuring.read_angles, self._layers, step)
             if step >= self._cadence.dense_until:
-                self._measuring.free()
+                measuring.free()
         self._layers = {}
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -275,9 +253,9 @@ class LayerRotationMonitor(CallbackBase):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Record the final reading and report."""
         # Averaging callbacks may have replaced the weights by now: the reading was taken at the end of the epoch.
-        if self._training and self._latest is not None and self._latest[0] not in (0, *self.history.steps[-1:]):
-            self._record(trainer)
-            self._ends_with_extra_row = True
+        latest = self._recording.latest
+        if self._training and latest is not None and latest[0] not in (0, *self.history.steps[-1:]):
+            self._record(trainer, extra=True)
         self._finish(trainer)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -286,20 +264,7 @@ class LayerRotationMonitor(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves and, unless ``save_reference=False``, the weights to measure from, by layer name."""
-        references = self._measuring.references
-        if not references.pieces:
-            return {}
-        history = self.history
-        if self._ends_with_extra_row:
-            # It is there because that fit ended; a resumed one has its rows on the cadence.
-            history = copy.deepcopy(history)
-            history.drop_from(history.steps[-1])
-        # Lightning stores what the first process returns, and gives it to all: never a piece of a layer.
-        return {
-            "history": history.state_dict(),
-            "sums": self._measuring.sums.state_dict(),
-            **references.state_dict(),
-        }
+        return self._recording.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: only then is it known where the layers live."""
@@ -307,100 +272,17 @@ class LayerRotationMonitor(CallbackBase):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's methods on callbacks while it trains; with them a copy would hold the module.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
-            **{"_module": None, "_layers": {}, "_known": KnownAngles()}
-        }
+        kept = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return kept | {"_module": None, "_layers": {}}
 
-    def _start_anew(self, history: RotationHistory, sums: RunningSums, layers: Mapping[str, Tensor]) -> None:
-        self.history = history
-        self._measuring = Measuring(References(self.reference_device, self.reference_dtype, self.save_reference))
-        self._measuring.sums = sums
-        self._measuring.references.plan(layers)
-        self._rates, self._latest, self._ends_with_extra_row = (), None, False
-
-    def _resume(self, trainer: "pl.Trainer", state: Mapping[str, Any], layers: Mapping[str, Tensor]) -> None:
-        history, sums = RotationHistory.from_state_dict(state["history"]), RunningSums.from_state_dict(state["sums"])
-        self._start_anew(history, sums, {})
-        references = self._measuring.references
-        references.load_state_dict(state, layers)
-        if "sidecar" in state:
-            self._attempt("reading the weights to measure from", self._read_sidecar, trainer, state["sidecar"], layers)
-        lost = [name for name in layers if name not in references.pieces]
-        if lost:
-            references.plan({name: layers[name] for name in lost})
-            self._attempt.warn(
-                f"the checkpoint holds no weights to measure {some_of(lost)} from: they are measured from now on"
-            )
-
-    def _write_sidecar(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> None:
-        # Loggers of other processes may number the run otherwise.
-        folder = Path(trainer.strategy.broadcast(os.path.abspath(log_folder(trainer) / SIDECAR)))
-        self._measuring.references.write_sidecar(folder, layers, trainer.is_global_zero)
-
-    def _read_sidecar(self, trainer: "pl.Trainer", sidecar: Mapping[str, str], layers: Mapping[str, Tensor]) -> None:
-        places = [folder / SIDECAR for folder in nearby(trainer.ckpt_path)]
-        agree = trainer.strategy.reduce_boolean_decision
-        if not self._measuring.references.read_sidecar(sidecar, places, layers, agree):
-            self._attempt.warn(
-                f"the weights to measure from are not in {sidecar['folder']}, or are those of another training. "
-                "Put that folder back, or beside the checkpoint's"
-            )
-
-    def _refer(self, layers: Mapping[str, Tensor]) -> None:
-        """Measure from the weights that were given."""
-        given = reference_weights(self.reference, layers)
-        for name, whole in given.items():
-            self._measuring.references.give(name, whole, layers[name])
-        lacking = [name for name in layers if name not in given]
-        if lacking:
-            self._attempt.warn(
-                f"`reference` has no weights for {some_of(lacking)}: measured from the start of training"
-            )
-
-    def _adopt(self, layers: Mapping[str, Tensor], first: bool = False) -> None:
-        """Give layers that are new, or have another shape than before, the weights of now to measure from."""
-        pieces = self._measuring.references.pieces
-        local = {name: local_tensor(weight).shape for name, weight in layers.items()}
-        new = [name for name, shape in local.items() if name not in pieces or pieces[name].shape != shape]
-        for name in new:
-            self._take_reference(name, layers[name], first)
-        self._known.name(layers)
-        shapes = {name: tuple(original_shape(weight)) for name, weight in layers.items()}
-        known = dict(zip(self.history.layer_names, self.history.layer_shapes, strict=True))
-        gone = {name: shape for name, shape in known.items() if name not in shapes}
-        everything = {**shapes, **gone}
-        if list(everything.items()) != list(known.items()):
-            self.history = self.history.reindex(list(everything), list(everything.values()))
-            self.history.keep_at_most(max(_FEWEST_KEPT, min(_MOST_READINGS, _MOST_VALUES // len(everything))))
-        if new and self._step:
-            self.history.facts.setdefault("reference_steps", {}).update(dict.fromkeys(new, self._step))
-        whole = [name for name in new if shard_count(layers[name]) == 1]
-        zeros = [name for name in whole if not torch.any(pieces[name]).item()]
-        if zeros:
-            self._attempt.warn(
-                f"{some_of(zeros)} start at zero and have no direction: measured from the first non-zero weights"
-            )
-
-    def _take_reference(self, name: str, layer: Tensor, first: bool = False) -> None:
-        self._measuring.sums.forget(name)
-        self._measuring.references.take(name, layer, first)
-
-    def _note_facts(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", layers: Mapping[str, Tensor]) -> None:
-        quantized = quantized_layers(pl_module)
-        if quantized:
-            self._attempt.warn(f"{some_of(quantized)} hold quantized weights, which have no direction: not measured")
-        self.history.facts.update(run_facts(trainer, pl_module))
-        self.history.facts["reference"] = described(self.reference)
-        rounding = resolution(self._measuring.references.pieces, layers)
-        if rounding:
-            self.history.facts["reference_resolution"] = rounding
+    def _references(self) -> References:
+        return References(self.reference_device, self.reference_dtype, self.save_reference)
 
     def _plan_angles(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> None:
         """Decide which steps' angles are read besides those on the cadence."""
         steps = expected_steps(trainer)
         self.history.facts["total_steps"] = steps
-        self._known.look(trainer, layers)
-        size = sum(local_tensor(layer).nbytes for layer in self._known.unknown(layers).values())
+        size = sum(local_tensor(layer).nbytes for layer in self._recording.unknown(trainer, layers).values())
         small = trainer.strategy.reduce_boolean_decision(size <= _MOST_COPIED)
         if self.angular_update == "auto" and not small:
             self._attempt.warn(
@@ -410,14 +292,6 @@ class LayerRotationMonitor(CallbackBase):
         self._copies = small if self.angular_update == "auto" else bool(self.angular_update)
         self._cadence = planned(self._cadence.every, steps, self._copies)
 
-    def _watch_rates(self, trainer: "pl.Trainer") -> None:
-        rates = current_rates(trainer)
-        if self._rates and rates != self._rates:
-            self.history.facts["constant_learning_rate"] = False
-        else:
-            self.history.facts.setdefault("constant_learning_rate", True)
-        self._rates = rates
-
     def _reads(self, trainer: "pl.Trainer") -> bool:
         return self._training and not self._broken and not averages_are_in(trainer)
 
@@ -426,76 +300,40 @@ class LayerRotationMonitor(CallbackBase):
         try:
             action(*args)
         except Exception as error:
-            self._broken, self._layers, self._latest = True, {}, None
-            self._measuring.free()
+            self._broken, self._layers, self._recording.latest = True, {}, None
+            self._recording.measuring.free()
             self._attempt.warn(f"measuring failed and stops here: {type(error).__name__}: {error}")
         return not self._broken
 
     def _bring_up_to_date(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._reads(trainer) and not trainer.sanity_checking:
-            current = self._latest is not None and self._latest[0] == self._step
-            if current or self._measure(self._read, pl_module):
-                assert self._latest is not None
-                self._output.publish(trainer, self._latest[1], self._diverged)
+            latest = self._recording.latest
+            if (latest is not None and latest[0] == self._step) or self._measure(self._read, pl_module):
+                assert self._recording.latest is not None
+                self._output.publish(trainer, self._recording.latest[1], self._recording.diverged)
 
     def _prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", due: bool) -> None:
         """Before a step: lazy layers have had their first batch by now; a step whose angle is read needs a copy."""
         layers = select_layers(pl_module, self.include, self.exclude)
-        self._adopt(layers)
+        self._recording.adopt(layers, self._step)
         if due:
             self._layers = layers
-            self._requested = self._known.look(trainer, layers)
+            unknown = self._recording.unknown(trainer, layers)
             if self._copies:
-                self._measuring.copy(self._known.unknown(layers))
-
-    def _take_turned(self, trainer: "pl.Trainer") -> None:
-        """Take the angles that optimizers know."""
-        known = self._known.take(trainer)
-        if known is not None:
-            self._measuring.take_turned(*known, self._step)
+                self._recording.measuring.copy(unknown)
 
     def _read(self, pl_module: "pl.LightningModule") -> None:
-        """Measure every layer as it is now."""
         layers = self._layers or select_layers(pl_module, self.include, self.exclude)
-        self._adopt(layers)
-        measured = self._measuring.read(layers, self._step)
-        for name in measured.started:
-            self._take_reference(name, layers[name])
-            self.history.facts.setdefault("reference_steps", {})[name] = self._step
-        self._diverged = bool(measured.not_finite)
-        if measured.not_finite or "not_finite" in self.history.facts:
-            self.history.facts["not_finite"] = measured.not_finite
-        reading = {quantity: self._filled(layers, values) for quantity, values in measured.values.items()}
-        if self._requested:
-            reading["requested_angle"] = [self._requested.get(name, math.nan) for name in self.history.layer_names]
-        momentum = self.history.facts.get("momentum")
-        if momentum is not None and "path_square" in reading:
-            reading["straightness"] = straightness(reading["rotation"], reading["path_square"], momentum)
-        if measured.dense is not None:
-            self.history.facts.update(angle_readings=self._measuring.sums.readings, dense_steps=measured.dense)
-        self._latest = (self._step, reading)
+        self._recording.read(layers, self._step)
 
-    def _filled(self, names: Collection[str], values: Tensor) -> list[float]:
-        """Values in the order of the history's layers; NaN for layers that are gone and where undefined."""
-        measured = dict(zip(names, values.tolist(), strict=True))
-        return [
-            value if math.isfinite(value := measured.get(n, math.nan)) else math.nan for n in self.history.layer_names
-        ]
-
-    def _record(self, trainer: "pl.Trainer") -> None:
+    def _record(self, trainer: "pl.Trainer", *, extra: bool = False) -> None:
         """Put the last reading into the history and send it to the loggers."""
-        assert self._latest is not None
-        step, reading = self._latest
-        # After an interrupt, or a resume with another accumulation, Lightning may number a step twice.
-        self.history.drop_from(step)
-        self.history.append(step, **reading)
-        self._attempt("noting the learning rate", self._watch_rates, trainer)
-        self._ends_with_extra_row = False
-        self._output.log(trainer, self.history, step, reading, self._diverged)
+        step, reading = self._recording.record(trainer, extra=extra)
+        self._output.log(trainer, self.history, step, reading, self._recording.diverged)
 
     def _finish(self, trainer: "pl.Trainer") -> None:
         training, self._training = self._training, False
         self._layers = {}
-        self._measuring.free()
+        self._recording.measuring.free()
         if training:
             self._output.finish(trainer, self.history)

@@ -46,6 +46,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_output": {"_lightning", "_log_keys", *REPORT},
     "_lightning": {"layca", "_scratch", "_turning", "layer_selection"},
     "_known_angles": {"_lightning"},
+    "_recording": {"_known_angles", "_lightning", "_measuring", "_output", "_reference", "_running_sums", "_sharding"}
+    | {"history"},
+    "_start_of_training": {"_lightning", "_output", "_recording", "_reference", "_running_sums", "history"}
+    | {"layer_selection"},
     "_thinning": set(),
     "_history_file": {"_text_file"},
     "history": {"_thinning", "_history_file"},

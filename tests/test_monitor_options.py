@@ -17,7 +17,7 @@ from test_layca_strategies import train
 from test_monitor_strategies import OneGroup
 from torch import nn
 
-from pl_layer_rotation import Layca, LayerRotationMonitor, RotationHistory, layca_optimizers, layer_rotation
+from pl_layer_rotation import Layca, LayerRotationMonitor, RotationHistory, _recording, layca_optimizers, layer_rotation
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation import monitor as monitor_module
 from pl_layer_rotation._measuring import Measuring
@@ -86,8 +86,8 @@ class Still(Net):
 
 
 def test_a_long_history_is_thinned_and_goes_on_after_a_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(monitor_module, "_MOST_READINGS", 5)
-    monkeypatch.setattr(monitor_module, "_FEWEST_KEPT", 2)
+    monkeypatch.setattr(_recording, "_MOST_READINGS", 5)
+    monkeypatch.setattr(_recording, "_FEWEST_KEPT", 2)
     path = str(tmp_path / "half.ckpt")
     straight, first, resumed = (LayerRotationMonitor(report=False) for _ in range(3))
     fit(straight, max_epochs=3)
@@ -100,8 +100,8 @@ def test_a_long_history_is_thinned_and_goes_on_after_a_resume(monkeypatch: pytes
 def test_the_file_of_a_thinned_history_loads_and_holds_what_was_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(monitor_module, "_MOST_READINGS", 5)
-    monkeypatch.setattr(monitor_module, "_FEWEST_KEPT", 2)
+    monkeypatch.setattr(_recording, "_MOST_READINGS", 5)
+    monkeypatch.setattr(_recording, "_FEWEST_KEPT", 2)
     seen: list[list[int]] = []
 
     class Looks(pl.Callback):
