@@ -1,6 +1,8 @@
 """Run a function in several real processes that share a gloo group, and give back what each returned."""
 
+import contextlib
 import os
+import random
 import socket
 import time
 import traceback
@@ -99,6 +101,12 @@ def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: 
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that systems give to outgoing connections.
+
+    One of those could be taken between now and its use, seconds later, by any connection of any process.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -18,10 +18,10 @@ SIZE = {"max-steps": 12, "batch-size": 8, "context": 16, "width": 16, "depth": 2
 SMALL = ["--accelerator=cpu", *(f"--{name}={value}" for name, value in SIZE.items())]
 
 
-def run(commands: list[list[str]], folder: Path, timeout: float = 200) -> list[str]:
+def run(commands: list[list[str]], folder: Path, timeout: float = 360) -> list[str]:
     """What commands that run at the same time printed; each names the folder, and none of their processes is left."""
     logs = [folder / f"{number}.log" for number in range(len(commands))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
     with contextlib.ExitStack() as files:
         outputs = [files.enter_context(log.open("w", encoding="utf-8")) for log in logs]
         started = [
@@ -29,22 +29,30 @@ def run(commands: list[list[str]], folder: Path, timeout: float = 200) -> list[s
             for command, output in zip(commands, outputs, strict=True)
         ]
     end = time.monotonic() + timeout
-    try:
-        codes = [process.wait(max(0.1, end - time.monotonic())) for process in started]
-    finally:
-        # By their arguments: torchrun's workers are in sessions of their own.
-        left = processes_that_name(folder)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in started:
-            process.wait()
+    # The other node waits for one that failed: whoever is first with an error ends both.
+    while None in (codes := [process.poll() for process in started]) and not any(codes) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = processes_that_name(folder)
+    if None in codes:
+        # With the fault handler, to have each say where it stands.
+        kill(left, signal.SIGABRT)
+        time.sleep(2)
+    kill(left, signal.SIGKILL)
+    for process in started:
+        process.wait()
     printed = [log.read_text(encoding="utf-8") for log in logs]
     assert (codes, left) == ([0] * len(commands), []), "\n".join(printed)
     return printed
 
 
+def kill(processes: list[int], how: signal.Signals) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, how)
+
+
 def processes_that_name(folder: Path) -> list[int]:
+    """Running processes by their arguments: torchrun's workers are in sessions of their own."""
     listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True)
     return [int(line.split()[0]) for line in listing.stdout.splitlines() if str(folder) in line]
 
@@ -67,7 +75,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> RotationHistory:
     return RotationHistory.load(folder / "layer_rotation.jsonl")
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(780)
 @pytest.mark.parametrize(("strategy", "per_node"), [("ddp", 1), ("fsdp2", 2)])
 def test_two_nodes_give_the_curves_of_one_process(
     alone: RotationHistory, tmp_path: Path, strategy: str, per_node: int
