@@ -1,11 +1,9 @@
 """The command ``pl-layer-rotation``: pages, tables and the W&B workspace of runs that lie on this machine."""
 
 import codecs
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -150,15 +148,15 @@ def workspace(project: str, dry_run: bool) -> None:
       pl-layer-rotation workspace my-team/my-project
       pl-layer-rotation workspace my-team/my-project --dry-run
     """  # noqa: D301
-    entity, _, name = project.partition("/")
-    if not entity or not name or "/" in name:
-        raise click.BadParameter(f"must be ENTITY/PROJECT, got {printable(project)!r}.", param_hint="ENTITY/PROJECT")
+    from pl_layer_rotation.report.workspace import entity_and_project, save_workspace, workspace_json
+
     try:
-        ours = import_module("pl_layer_rotation.report.workspace")
-        made = ours.workspace_json(entity, name) if dry_run else ours.save_workspace(entity, name)
+        entity, name = entity_and_project(project)
+    except ValueError as error:
+        raise click.UsageError(printable(str(error))) from error
+    try:
+        made = workspace_json(entity, name) if dry_run else save_workspace(entity, name)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("pl_layer_rotation"):
-            raise
         mend = 'Run: pip install "pl-layer-rotation[workspace]"'
         raise click.ClickException(f"the workspace needs wandb-workspaces. {mend}") from error
     except ValueError as error:
@@ -166,7 +164,7 @@ def workspace(project: str, dry_run: bool) -> None:
     except Exception as error:
         problem = f"{type(error).__name__}: {printable(str(error))}"
         raise click.ClickException(f"the workspace could not be made: {problem}") from error
-    click.echo(made if isinstance(made, str) else json.dumps(made, indent=2, ensure_ascii=False))
+    click.echo(made)
 
 
 def _read(paths: Sequence[Path], output: Path | None = None) -> tuple[dict[str, "RotationHistory"], bool]:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,10 +15,10 @@ from offline_runs import read_offline_run
 
 from pl_layer_rotation import RotationHistory, __version__, cli
 from pl_layer_rotation._log_keys import log_keys
+from pl_layer_rotation.report import workspace
 from pl_layer_rotation.report.wandb_sink import run_config
 
 COMMANDS = ("report", "compare", "show", "workspace")
-WORKSPACE = "pl_layer_rotation.report.workspace"
 
 
 class Ended(NamedTuple):
@@ -209,8 +208,11 @@ def test_reading_that_was_cut_is_a_warning(call: Any, logs: Path) -> None:
         (["compare", "logs", "--metric", "f1"], "`metric` must be one that a run has (speed, val_acc), got 'f1'."),
         (["compare", "logs", "--metric", "speed"], "the name 'speed' does not say which is better. Pass it."),
         (["compare", "logs", "--mode", "best"], "'best' is not one of 'min', 'max'."),
-        (["workspace", "project"], "Invalid value for ENTITY/PROJECT: must be ENTITY/PROJECT, got 'project'."),
-        (["workspace", "a/b/c"], "Invalid value for ENTITY/PROJECT: must be ENTITY/PROJECT, got 'a/b/c'."),
+        (
+            ["workspace", "project"],
+            "`ENTITY/PROJECT` must be a W&B user or team and one of its projects, got 'project'.",
+        ),
+        (["workspace", "a/b/c"], "`ENTITY/PROJECT` must be a W&B user or team and one of its projects, got 'a/b/c'."),
         (["draw"], "No such command 'draw'."),
     ],
 )
@@ -270,24 +272,13 @@ def test_bar_shows_on_a_terminal_once_it_takes_long(
     assert ("100%" in ended.err) is shown
 
 
-@pytest.fixture
-def workspace_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for what builds the workspace, so that only the command is under test."""
-    module = SimpleNamespace(
-        workspace_json=lambda entity, project: {"entity": entity, "project": project},
-        save_workspace=lambda entity, project: f"https://wandb.ai/{entity}/{project}?nw=1",
-    )
-    monkeypatch.setitem(sys.modules, WORKSPACE, module)  # type: ignore[arg-type]
-    return module
-
-
-def test_workspace_is_saved_or_only_printed(call: Any, workspace_module: SimpleNamespace) -> None:
-    assert call("workspace", "me/rotation") == (0, "https://wandb.ai/me/rotation?nw=1\n", "")
-    workspace_module.save_workspace = None
+def test_workspace_is_saved_or_only_printed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dry = call("workspace", "me/rotation", "--dry-run")
-    assert (dry.code, json.loads(dry.out)) == (0, {"entity": "me", "project": "rotation"})
-    workspace_module.workspace_json = lambda entity, project: '{"text": 1}'
-    assert call("workspace", "me/rotation", "--dry-run").out == '{"text": 1}\n'
+    assert (dry.code, dry.out) == (0, workspace.workspace_json("me", "rotation") + "\n")
+    assert json.loads(dry.out)["displayName"] == "Layer rotation"
+    # Saving needs a server: tests/report/test_workspace.py has one.
+    monkeypatch.setattr(workspace, "save_workspace", lambda entity, project: f"https://wandb.ai/{entity}/{project}")
+    assert call("workspace", "me/rotation") == (0, "https://wandb.ai/me/rotation\n", "")
 
 
 @pytest.mark.parametrize(
@@ -303,10 +294,10 @@ def test_workspace_is_saved_or_only_printed(call: Any, workspace_module: SimpleN
     ids=["extra missing", "refused", "unforeseen"],
 )
 def test_workspace_that_cannot_be_saved(
-    error: Exception, message: str, call: Any, workspace_module: SimpleNamespace
+    error: Exception, message: str, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(entity: str, project: str) -> str:
         raise error
 
-    workspace_module.save_workspace = fail
+    monkeypatch.setattr(workspace, "save_workspace", fail)
     assert call("workspace", "me/rotation") == (1, "", f"Error: {message}\n")

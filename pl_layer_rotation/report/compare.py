@@ -26,9 +26,8 @@ from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quanti
 from pl_layer_rotation.report.figures import depth_colors
 from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
-from pl_layer_rotation.report.text import listed, three_digits
+from pl_layer_rotation.report.text import MISSING, fact_text, listed, measure_text, three_digits
 
-_MISSING = "–"  # noqa: RUF001
 _MOST_METRICS = 6  # beside the one that runs are judged by
 _QUANTITIES: tuple[tuple[Quantity, str], ...] = (("mean", "Mean rotation"), ("straightness", "Median straightness"))
 _TALLEST = 1_100  # pixels
@@ -113,7 +112,7 @@ def render_comparison(
         head=head,
         rows=[(colors[i], rows[i]) for i in ranked],
         order="The best run comes first." if judged else "The run that turned most comes first.",
-        shared=[(_label(name), _fact(value)) for name, value in comparison.shared.items() if value is not None],
+        shared=[(_label(name), fact_text(value)) for name, value in comparison.shared.items() if value is not None],
         straight=STRAIGHT,
         figures=pack(json.dumps(drawings, allow_nan=False, separators=(",", ":"))),
         library=library.packed,
@@ -206,14 +205,14 @@ def _table(comparison: Comparison, with_findings: bool) -> tuple[list[tuple[str,
     rows = []
     for i, run in enumerate(comparison.runs):
         numbers = [*([run.metric] if metric else []), run.mean, run.low, run.high, run.straightness]
-        said = " ".join(line for line in run.findings if line != NOTHING) or _MISSING
+        said = " ".join(line for line in run.findings if line != NOTHING) or MISSING
         rows.append(
             [
                 _Cell(run.name, None),
-                *(_Cell(_measure(value), _sortable(value)) for value in numbers),
-                *(_Cell(_fact(values[i]), _sortable(values[i])) for values in comparison.varied.values()),
+                *(_Cell(measure_text(value), _sortable(value)) for value in numbers),
+                *(_Cell(fact_text(values[i]), _sortable(values[i])) for values in comparison.varied.values()),
                 _Cell(f"{run.steps:,}", run.steps),
-                *(_Cell(_measure(values[i]), _sortable(values[i])) for values in others.values()),
+                *(_Cell(measure_text(values[i]), _sortable(values[i])) for values in others.values()),
                 *([_Cell(said, None)] * with_findings),
             ]
         )
@@ -223,18 +222,6 @@ def _table(comparison: Comparison, with_findings: bool) -> tuple[list[tuple[str,
 
 def _sortable(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _measure(value: float | None) -> str:
-    return _MISSING if value is None else three_digits(value, _MISSING)
-
-
-def _fact(value: Any) -> str:
-    if value is None:
-        return _MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _label(name: str) -> str:

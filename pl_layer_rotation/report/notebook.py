@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.packing import templates
-from pl_layer_rotation.report.text import shape_text, three_digits
+from pl_layer_rotation.report.text import measure_text, shape_text, three_digits
 
 _MOST_ROWS = 40  # layers that are shown; of more, the first and the last ones
 _POINTS = 60  # of a curve
@@ -50,7 +50,7 @@ def notebook_html(history: RotationHistory) -> str:
             depth,
             history.layer_names[depth],
             shape_text(history.layer_shapes[depth], "–"),  # noqa: RUF001
-            three_digits(final[history.layer_names[depth]], "–"),  # noqa: RUF001
+            measure_text(final[history.layer_names[depth]]),
             _polylines(columns[depth], highest),
         )
         for depth in depths

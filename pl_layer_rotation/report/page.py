@@ -23,9 +23,8 @@ from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.measures import FOR_RULES, union
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
-from pl_layer_rotation.report.text import origin, shape_text, three_digits
+from pl_layer_rotation.report.text import fact_text, measure_text, origin, shape_text
 
-_MISSING = "–"  # noqa: RUF001
 # What the curves can show, and what their switch calls it.
 _VIEWS = {
     "rotation": "rotation",
@@ -187,7 +186,7 @@ def _common_origin(histories: Iterable[RotationHistory]) -> str:
 def _layer_table(history: RotationHistory) -> _Table:
     columns = {label: history.final(key) for key, label in _COLUMNS.items() if key in history.quantities}
     rows = [
-        [str(depth), name, shape_text(shape), *(_measure(values[name]) for values in columns.values())]
+        [str(depth), name, shape_text(shape), *(measure_text(values[name]) for values in columns.values())]
         for depth, (name, shape) in enumerate(zip(history.layer_names, history.layer_shapes, strict=True))
     ]
     return _Table(["depth", "layer", "shape", *columns], rows, ["depth", "text", "size"] + ["number"] * len(columns))
@@ -203,7 +202,13 @@ def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
     others = [key for key in varied if key not in recipe]
     scores = union(metrics)
     rows = [
-        [name, *_cells(own, recipe), *numbers.values(), *_cells(own_metrics, scores), *_cells(own, others)]
+        [
+            name,
+            *map(fact_text, map(own.get, recipe)),
+            *numbers.values(),
+            *map(measure_text, map(own_metrics.get, scores)),
+            *map(fact_text, map(own.get, others)),
+        ]
         for name, own, numbers, own_metrics in zip(histories, facts, aggregates, metrics, strict=True)
     ]
     kinds = [
@@ -216,10 +221,6 @@ def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
     return _Table(["run", *map(_label, recipe), *aggregates[0], *scores, *map(_label, others)], rows, kinds)
 
 
-def _cells(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    return [_fact(values.get(key)) for key in keys]
-
-
 def _kind(mappings: Sequence[Mapping[str, Any]], key: str) -> str:
     return "number" if all(isinstance(mapping.get(key, 0), (int, float)) for mapping in mappings) else "text"
 
@@ -229,10 +230,10 @@ def _aggregates(history: RotationHistory) -> dict[str, str]:
     mean, low, high = (math.fsum(final) / len(final), min(final), max(final)) if final else (math.nan,) * 3
     turned = straightness(history)
     return {
-        "mean rotation": _measure(mean),
-        "min": _measure(low),
-        "max": _measure(high),
-        "straightness": _MISSING if turned is None else _measure(turned),
+        "mean rotation": measure_text(mean),
+        "min": measure_text(low),
+        "max": measure_text(high),
+        "straightness": measure_text(turned),
     }
 
 
@@ -256,8 +257,8 @@ def _fact_list(history: RotationHistory) -> list[tuple[str, str]]:
     first = [key for key in _FIRST if key in facts]
     shown = [*first, *(key for key in facts if key not in first)]
     return [
-        *((_label(key), _fact(facts[key])) for key in shown),
-        *((key, _fact(value)) for key, value in _metrics(history.facts).items()),
+        *((_label(key), fact_text(facts[key])) for key in shown),
+        *((key, measure_text(value)) for key, value in _metrics(history.facts).items()),
     ]
 
 
@@ -277,20 +278,3 @@ def _plain_facts(history: RotationHistory) -> dict[str, Any]:
 
 def _label(key: str) -> str:
     return _LABELS.get(key, key.replace("_", " "))
-
-
-def _measure(value: float) -> str:
-    return three_digits(value, _MISSING)
-
-
-def _fact(value: Any) -> str:
-    """A value of the run in words: numbers to three digits, everything else as it is."""
-    if value is None:
-        return _MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,9 +1,11 @@
 """Numbers and shapes as a reader sees them, the same in table, page and figures."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MISSING = "–"  # noqa: RUF001
 _SHOWN = 3  # layers that a sentence names
 _NAME = 60  # characters of a name in a sentence
 
@@ -22,6 +24,39 @@ def three_digits(value: float, missing: str = "-") -> str:
     if value == 0:
         return "0"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.3g}".rstrip(".")
+
+
+def measure_text(value: Any) -> str:
+    """A measured value in a cell of a page; files can hold other things than numbers.
+
+    Example::
+
+        >>> measure_text(0.98), measure_text(None)
+        ('0.980', '–')
+
+    """  # noqa: RUF002
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return three_digits(value, MISSING) if is_number else fact_text(value)
+
+
+def fact_text(value: Any) -> str:
+    """A setting of a run in a cell of a page: numbers as they were set, to three digits.
+
+    Example::
+
+        >>> fact_text(0.1), fact_text(12000), fact_text(False), fact_text("AdamW"), fact_text([1, 2]), fact_text(None)
+        ('0.1', '12,000', 'no', 'AdamW', '[1, 2]', '–')
+
+    """  # noqa: RUF002
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def shape_text(shape: Sequence[int], missing: str = "unknown") -> str:

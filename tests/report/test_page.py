@@ -163,7 +163,7 @@ def test_comparison_has_recipe_rotation_metrics_and_what_differs() -> None:
     two = history_of([0.5, 0.7], optimizer="SGD", devices=2, seed=2)
     assert read(one=one, two=two).rows[:3] == [
         ["run", "optimizer", "learning rate", "mean rotation", "min", "max", "straightness", "acc", "seed"],
-        ["one", "SGD", "0.1", "0.300", "0.200", "0.400", "\u2013", "0.9", "1"],
+        ["one", "SGD", "0.1", "0.300", "0.200", "0.400", "\u2013", "0.900", "1"],
         ["two", "SGD", "\u2013", "0.600", "0.500", "0.700", "\u2013", "\u2013", "2"],
     ]
 
