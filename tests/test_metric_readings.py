@@ -1,4 +1,4 @@
-"""What layer_rotation and LayerRotation read against numpy (how exactly: test_geometry_distance), and what they refuse."""
+"""What layer_rotation and LayerRotation read against numpy (how exactly: test_geometry_distance), what they refuse."""
 
 import copy
 import re
