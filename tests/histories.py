@@ -2,14 +2,22 @@
 
 import base64
 import json
+import math
 import re
 import zlib
 from html.parser import HTMLParser
 from typing import Any
 
+import torch
+
 from pl_layer_rotation import RotationHistory
 
+NAN, INF = math.nan, math.inf
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'\x1b[2J\u202e"
+HOSTILE_NAMES = [
+    *("a/b", "a b", "a[0]", "x:y", '"quoted"', "<b>", "</script>", "é", "层", "__proto__", "n" * 300, "{{x}}"),
+    *("back\\slash", "new\nline", "tab\t", "zero\x00", "\x1c", "", "step"),
+]
 
 
 def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any) -> RotationHistory:
@@ -19,6 +27,19 @@ def history_of(*rows: list[float], names: list[str] | None = None, **facts: Any)
     for i, row in enumerate(rows):
         history.append(10 * (i + 1), rotation=row)
     return history
+
+
+def recorded() -> RotationHistory:
+    history = RotationHistory(["stem", "head"], [(8, 1, 3, 3), (10, 8)], {"lr": 0.1, "optimizer": "Layca(SGD)"})
+    history.append(1, rotation=[0.0, 1e-12], norm_ratio=[1.0, INF])
+    history.append(5, rotation=[0.25, NAN], angular_update=[0.1, -INF])
+    history.append(70, rotation=[2.0, NAN])
+    return history
+
+
+def assert_values(history: RotationHistory, quantity: str, expected: list[list[float]]) -> None:
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(history.values(quantity), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def unpacked(data: str) -> str:

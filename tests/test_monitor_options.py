@@ -1,4 +1,4 @@
-"""Where the weights to measure from live, which angles are read, and what cannot be measured."""
+"""Wrong options, where the weights to measure from live, which angles are read, and what cannot be measured."""
 
 import math
 import warnings
@@ -42,6 +42,10 @@ def layca(module: pl.LightningModule) -> Any:
         ({"reference_dtype": "int8"}, "`reference_dtype` must be None or one of float64, float32, bfloat16, float16"),
         ({"reference_dtype": torch.int32}, r"`reference_dtype` must be .*, got torch.int32. None keeps"),
         ({"angular_update": "always"}, "`angular_update` must be True, False or 'auto', got 'always'"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1 or None, got 0"),
+        ({"every_n_steps": 2.5}, "`every_n_steps` must be an integer of at least 1 or None, got 2.5"),
+        ({"log_quantities": ["speed"]}, r"`log_quantities` must be a list out of rotation, .* got \['speed'\]"),
+        ({"log_quantities": "rotation"}, "must be a list out of rotation, .* got 'rotation'"),
     ],
 )
 def test_a_wrong_option_is_named_at_construction(arguments: dict[str, Any], message: str) -> None:

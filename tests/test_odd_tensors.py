@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_geometry import exact_distance
+from layer_pairs import exact_distance
 from torch import Tensor
 
 from pl_layer_rotation import layer_rotation

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from layer_pairs import exact_distance, turned
 from nets import Net, batches, trainer
 from readings import assert_reads, distances, move, network, weights
-from test_geometry import exact_distance, turned
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
