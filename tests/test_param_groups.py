@@ -131,13 +131,6 @@ def test_two_calls_give_lists_of_their_own() -> None:
     assert len(layca_param_groups(module)[0]["params"]) == 3
 
 
-@pytest.mark.contract("H16")
-def test_disjoint_patterns_give_disjoint_groups_for_two_optimizers() -> None:
-    module = nn.ModuleDict({"generator": nn.Linear(3, 3), "critic": nn.Linear(3, 3)})
-    groups = [layca_param_groups(module[name])[0]["params"] for name in ("generator", "critic")]
-    assert [[id(p) for p in group] for group in groups] == [[id(module[n].weight)] for n in ("generator", "critic")]
-
-
 # --- layers of zeros ---
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import angle
+from contract.cases import angle, give_gradients
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,12 +49,6 @@ def nothing_waits() -> Iterator[None]:
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
-
-
-def give_gradients(tensors: list[nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for tensor in tensors:
-        tensor.grad = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
 
 
 BASES: dict[str, dict[str, Any]] = {
