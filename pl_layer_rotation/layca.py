@@ -102,7 +102,8 @@ class Layca(Optimizer):
         params: parameters, named parameters or groups, as for every torch optimizer. Group options: those of the base,
             ``lr``, ``rotate``, ``tangential`` and ``leading_dims``.
         lr: tangent of the angle by which a rotating layer turns in one step; the base's own lr in plain groups that
-            bring none. 3⁻³ = 0.037 is 2.12°.
+            bring none. The default, 3⁻³ = 0.037 or 2.12°, was better over SGD than 3⁻⁴ and 3⁻⁵ in all five tasks of
+            arXiv 1806.01603, which took 3⁻⁵ over Adam.
         base: class, name in ``torch.optim``, or function from parameter groups to an optimizer.
         plain_base: what steps everything that does not rotate, with its own defaults (pass a function for other
             options); None: the base. For bases that take matrices only: ``base="Muon", plain_base="AdamW"``.

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,13 @@ def siblings(name: str) -> set[str]:
 
 def top_level(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
+
+
+def test_the_table_for_contributors_names_every_module() -> None:
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = "".join(line for line in page.splitlines() if line.startswith("|"))
+    named = [Path(name).name for name in re.findall(r"`([\w/]+\.py)`", table)]
+    assert sorted(named) == sorted(file.name for file in SOURCES.values() if file.name != "__init__.py")
 
 
 @pytest.mark.parametrize("name", SOURCES)
