@@ -3,7 +3,7 @@
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
-from pl_layer_rotation._base_optimizer import BorrowedOptimizer
 from pl_layer_rotation._scratch import rotates
-from pl_layer_rotation._sharding import is_unknown_piece, local_tensor, original_shape
+from pl_layer_rotation._sharding import is_unknown_piece, original_shape
 
 ParamGroup = dict[str, Any]
 
@@ -26,6 +25,40 @@ OWN_OPTIONS = ("rotate", "tangential", "leading_dims")
 def options_of_base(group: ParamGroup) -> ParamGroup:
     """What of a group goes to the base at construction."""
     return {key: value for key, value in group.items() if key not in ("params", "lr", *OWN_OPTIONS)}
+
+
+def as_groups(params: Iterable[Any], own: Mapping[str, Any], base_options: Mapping[str, Any]) -> list[ParamGroup]:
+    """The groups that tensors, named tensors or dictionaries stand for, each with all of Layca's options, checked.
+
+    Args:
+        params: what an optimizer is given; its dictionaries are copied.
+        own: Layca's options where a group has none.
+        base_options: the base's options where a group has none.
+
+    Raises:
+        ValueError: If an option is invalid, or a rotating group asks for weight decay.
+
+    """
+    groups = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    for group in groups:
+        members = group["params"]
+        group["params"] = members if isinstance(members, (Tensor, set)) else list(members)
+        group.update({key: value for key, value in own.items() if key not in group})
+        check_leading_dims(group)
+        if group["rotate"]:
+            check_weight_decay({**base_options, **group})
+    return groups
+
+
+def make_one(make_base: Callable[[Any], Optimizer], groups: list[ParamGroup]) -> tuple[Optimizer, list[ParamGroup]]:
+    """The base on all tensors, and the filled-in options of each group."""
+    with warnings.catch_warnings():
+        # torch says so again where Layca takes the groups itself.
+        warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate parameters")
+        made = make_base([{**options_of_base(group), "params": group["params"]} for group in groups])
+    return made, made.param_groups
 
 
 def make_two(
@@ -88,6 +121,12 @@ def check_weight_decay(group: Mapping[str, Any]) -> None:
         )
 
 
+def drop_weight_decay(group: ParamGroup) -> None:
+    """Turn off in a rotating group what a base's defaults or a plain optimizer's state put there."""
+    if group["rotate"] and "weight_decay" in group:
+        group["weight_decay"] = 0.0
+
+
 def check_pieces(
     plain: Sequence[tuple[int, Tensor]],
     rotating: Sequence[tuple[int, Tensor]],
@@ -124,52 +163,3 @@ def warn_of_rounding(groups: Sequence[ParamGroup]) -> bool:
             stacklevel=5,
         )
     return bool(small)
-
-
-def check_saved_options(saved: ParamGroup, base: BorrowedOptimizer) -> None:
-    """Raise for a saved group that lacks what the base needs."""
-    wanted = [
-        key for key, value in base.optimizer.defaults.items() if value is not None and not isinstance(value, bool)
-    ]
-    missing = [key for key in wanted if key not in saved]
-    if missing:
-        raise _of_another_base(base, "groups", missing)
-
-
-def check_saved_state(
-    saved: ParamGroup,
-    entries: Sequence[Mapping[str, Any]],
-    group: ParamGroup,
-    base_of: Callable[[bool], BorrowedOptimizer],
-    describe: Callable[[Tensor], str],
-) -> None:
-    """Raise for a saved group's state that comes from another base, or from tensors of other shapes.
-
-    The base would miss entries at a step, and a fused kernel would read and write past the end of a shorter tensor.
-    """
-    needed: dict[bool, set[str]] = {}
-    for parameter, entry in zip(group["params"], entries, strict=False):
-        keys = entry.keys() - {NORM}
-        if not keys or is_lazy(parameter):
-            continue
-        turns = rotates(parameter, group)
-        base = base_of(turns)
-        shapes = (parameter.shape, local_tensor(parameter).shape)
-        for key in sorted(keys) if "fused" in base.optimizer.defaults else ():
-            value = entry[key]
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape not in shapes:
-                raise ValueError(
-                    "`state_dict` must come from an optimizer over the same tensors in the same order, got "
-                    f"{key} of shape {tuple(value.shape)} for {describe(parameter)}. Make the groups as they were."
-                )
-        if turns not in needed:
-            needed[turns] = base.state_keys({**options_of_base({**group, **saved}), "lr": 1.0})
-        if missing := needed[turns] - keys:
-            raise _of_another_base(base, "a state", sorted(missing))
-
-
-def _of_another_base(base: BorrowedOptimizer, what: str, missing: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"`state_dict` must come from Layca over {type(base.optimizer).__name__}, got {what} without "
-        f"{', '.join(missing)}. Make the optimizer with the base that was saved."
-    )

@@ -16,9 +16,14 @@ class Thinning:
         every: of so many readings one is kept.
         readings: those that were counted in all.
 
+    Raises:
+        ValueError: If ``most`` is smaller than 2.
+
     """
 
     def __init__(self, most: int) -> None:
+        if most < 2:
+            raise ValueError(f"`readings` must be at least 2, for the first and the last, got {most}.")
         self.most, self.every = most, 1
         self.readings = 0
         self._numbers: list[int] = []  # of the readings that are kept

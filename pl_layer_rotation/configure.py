@@ -65,7 +65,8 @@ def layca_optimizers(
 
     Args:
         module: the LightningModule (or any module, where nothing needs to ask the trainer).
-        lr: rotation rate: each layer turns by ``atan(lr)`` in a step. ``"auto"`` is
+        lr: rotation rate: each layer turns by ``atan(lr)`` in a step. The default, 3⁻³ or 2.12°, was better over SGD
+            than 3⁻⁴ and 3⁻⁵ in all five tasks of arXiv 1806.01603, which took 3⁻⁵ over Adam. ``"auto"`` is
             :func:`~pl_layer_rotation.rotation_lr` of the trainer's optimizer steps and the base's momentum (or first
             beta), with that function's limits: it was tuned on small MLPs and convolutional networks, and is several
             times too high for transformers. A resumed training keeps the rate of its checkpoint, ``fast_dev_run`` takes

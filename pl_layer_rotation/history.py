@@ -1,17 +1,14 @@
 """The recorded curves of one run: plain data, and the file that holds them."""
 
 import copy
-import math
-import operator
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from pl_layer_rotation import _history_file
+from pl_layer_rotation import _history_file, _history_rows
+from pl_layer_rotation._history_rows import Row
 from pl_layer_rotation._thinning import Thinning
 
 if TYPE_CHECKING:
@@ -46,15 +43,13 @@ class RotationHistory:
         >>> history = RotationHistory(["conv", "fc"], [(8, 1, 3, 3), (10, 8)])
         >>> history.append(10, rotation=[0.01, 0.02], norm_ratio=[1.0, 1.1])
         >>> history.append(20, rotation=[0.03, 0.05])
-        >>> history.steps
-        [10, 20]
+        >>> history.steps, history.quantities
+        ([10, 20], ['rotation', 'norm_ratio'])
         >>> history.values("rotation")
         tensor([[0.0100, 0.0200],
                 [0.0300, 0.0500]], dtype=torch.float64)
         >>> history.values("norm_ratio")[1]
         tensor([nan, nan], dtype=torch.float64)
-        >>> history.final("rotation")
-        {'conv': 0.03, 'fc': 0.05}
 
     """
 
@@ -64,21 +59,11 @@ class RotationHistory:
         layer_shapes: Sequence[Sequence[int]] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.layer_names = list(layer_names)
-        shapes: Sequence[Sequence[int]] = [()] * len(self.layer_names) if layer_shapes is None else layer_shapes
-        self.layer_shapes = [tuple(int(n) for n in shape) for shape in shapes]
+        self.layer_names, self.layer_shapes = _history_rows.checked_layers(layer_names, layer_shapes)
         self.facts: dict[str, Any] = dict(facts or {})
         self.steps: list[int] = []
-        self._rows: list[dict[str, list[float]]] = []
+        self._rows: list[Row] = []
         self._thinning: Thinning | None = None
-        duplicates = [name for name, count in Counter(self.layer_names).items() if count > 1]
-        if duplicates:
-            raise ValueError(f"`layer_names` must be unique, got {duplicates} more than once. Rename these layers.")
-        if len(self.layer_shapes) != len(self.layer_names):
-            raise ValueError(
-                f"`layer_shapes` must have one shape for each of the {len(self.layer_names)} layers, "
-                f"got {len(self.layer_shapes)}. Pass `()` where a shape is unknown."
-            )
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -103,7 +88,7 @@ class RotationHistory:
     @property
     def quantities(self) -> list[str]:
         """Names of the recorded quantities, in the order of their first reading."""
-        return list(dict.fromkeys(quantity for row in self._rows for quantity in row))
+        return _history_rows.quantities(self._rows)
 
     def append(self, step: int, **quantities: Sequence[float]) -> None:
         """Add the values of one reading.
@@ -116,19 +101,13 @@ class RotationHistory:
             ValueError: If ``step`` does not follow the last one, or a quantity has another length.
 
         """
-        step = operator.index(step)
-        if self.steps and step <= self.steps[-1]:
-            raise ValueError(f"`step` must be larger than that of the last reading ({self.steps[-1]}), got {step}.")
-        row = {name: [float(value) for value in values] for name, values in quantities.items()}
-        for name, values in row.items():
-            if len(values) != len(self.layer_names):
-                raise ValueError(
-                    f"`{name}` must have one value for each of the {len(self.layer_names)} layers, got {len(values)}."
-                )
+        step = _history_rows.checked_step(step, self.steps)
+        row = _history_rows.checked_row(quantities, len(self.layer_names))
         self.steps.append(step)
         self._rows.append(row)
-        if self._thinning is not None:
-            self._keep(self._thinning.append())
+        if self._thinning is not None and (kept := self._thinning.append()) is not None:
+            self.steps = [self.steps[place] for place in kept]
+            self._rows = [self._rows[place] for place in kept]
 
     def keep_at_most(self, readings: int) -> None:
         """Bound the memory: of more readings than this, keep every second, then every fourth, and so on, and the last.
@@ -145,36 +124,41 @@ class RotationHistory:
             >>> history.keep_at_most(4)
             >>> for step in range(10, 100, 10):
             ...     history.append(step, rotation=[step / 1000])
-            >>> history.steps
-            [10, 50, 90]
+            >>> history.steps, history.readings, history.thinned_to
+            ([10, 50, 90], 9, 4)
 
         """
-        if readings < 2:
-            raise ValueError(f"`readings` must be at least 2, for the first and the last, got {readings}.")
         rows, steps = self._rows, self.steps
         self._thinning, self.steps, self._rows = Thinning(readings), [], []
         for step, row in zip(steps, rows, strict=True):
-            self.steps.append(step)
-            self._rows.append(row)
-            self._keep(self._thinning.append())
+            self.append(step, **row)
 
     @property
     def readings(self) -> int:
-        """Readings that were added in all, also those that were thinned out."""
+        """Readings that were added in all, also those that :meth:`keep_at_most` left out."""
         return len(self) if self._thinning is None else self._thinning.readings
 
     @property
     def thinned_to(self) -> int:
-        """Of so many readings one is kept, see :meth:`keep_at_most`."""
+        """Of so many readings one is kept, and the last: a power of two, 1 without :meth:`keep_at_most`."""
         return 1 if self._thinning is None else self._thinning.every
 
-    def _keep(self, rows: list[int] | None) -> None:
-        if rows is not None:
-            self.steps = [self.steps[row] for row in rows]
-            self._rows = [self._rows[row] for row in rows]
-
     def drop_from(self, step: int) -> None:
-        """Forget the readings at this step and later ones: training has gone back there."""
+        """Forget the readings at this step and later ones: training has gone back there.
+
+        Args:
+            step: optimizer steps done, where training goes on.
+
+        Example::
+
+            >>> history = RotationHistory(["fc"])
+            >>> for step in (10, 20, 30):
+            ...     history.append(step, rotation=[step / 1000])
+            >>> history.drop_from(20)
+            >>> history.steps
+            [10]
+
+        """
         keep = sum(known < step for known in self.steps)
         del self.steps[keep:], self._rows[keep:]
         if self._thinning is not None:
@@ -193,35 +177,64 @@ class RotationHistory:
             ValueError: If there are readings and none of them holds this quantity.
 
         """
-        if self._rows and quantity not in self.quantities:
-            raise ValueError(f"`quantity` must be one of {self.quantities}, got {quantity!r}.")
-        missing = [math.nan] * len(self.layer_names)
-        rows = [row.get(quantity, missing) for row in self._rows]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(self.layer_names))
+        return _history_rows.stacked(self._rows, quantity, len(self.layer_names))
 
     def final(self, quantity: str = "rotation") -> dict[str, float]:
-        """Each layer's last defined value of a quantity; NaN for a layer that has none."""
-        last = dict.fromkeys(self.layer_names, math.nan)
-        for row in self._rows:
-            for name, value in zip(self.layer_names, row.get(quantity, ()), strict=False):
-                if not math.isnan(value):
-                    last[name] = value
-        return last
+        """Each layer's last defined value of a quantity.
+
+        Args:
+            quantity: one of :attr:`quantities`.
+
+        Returns:
+            Values by layer name, in the unit of the quantity; NaN for a layer that has none, and for all layers where
+            the quantity was not recorded.
+
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(10, rotation=[0.1, 0.2])
+            >>> history.append(20, rotation=[0.3, float("nan")])
+            >>> history.final()
+            {'conv': 0.3, 'fc': 0.2}
+
+        """
+        return _history_rows.last_defined(self._rows, quantity, self.layer_names)
 
     def reindex(self, layer_names: Sequence[str], layer_shapes: Sequence[Sequence[int]]) -> "RotationHistory":
-        """The same readings for another list of layers: NaN for new ones, vanished ones left out."""
+        """The same readings for another list of layers: NaN for new ones, vanished ones left out.
+
+        Args:
+            layer_names: names of the layers in depth order, each once.
+            layer_shapes: shape of each layer's weights.
+
+        Returns:
+            A new history with the same facts and bound.
+
+        Raises:
+            ValueError: If a name stands twice, or names and shapes differ in number.
+
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(10, rotation=[0.1, 0.2])
+            >>> history.reindex(["fc", "head"], [(10, 8), (2, 10)]).final()
+            {'fc': 0.2, 'head': nan}
+
+        """
         new = RotationHistory(layer_names, layer_shapes, self.facts)
-        column = {name: i for i, name in enumerate(self.layer_names)}
         for step, row in zip(self.steps, self._rows, strict=True):
-            new.append(
-                step,
-                **{q: [v[column[n]] if n in column else math.nan for n in new.layer_names] for q, v in row.items()},
-            )
+            new.append(step, **_history_rows.rearranged(row, self.layer_names, new.layer_names))
         new._thinning = copy.deepcopy(self._thinning)
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """The history as lists, strings and numbers, safe for ``torch.load(..., weights_only=True)``."""
+        """The history as lists, strings and numbers, safe for ``torch.load(..., weights_only=True)``.
+
+        Returns:
+            ``layers`` (name and shape of each), ``facts``, ``rows`` (step and values of each reading), and ``thinning``
+            where :meth:`keep_at_most` was called.
+
+        """
         thinning = {} if self._thinning is None else {"thinning": self._thinning.state_dict()}
         return {**self._content(), **thinning}
 
@@ -234,7 +247,29 @@ class RotationHistory:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "RotationHistory":
-        """The history that :meth:`state_dict` described."""
+        """The history that :meth:`state_dict` described.
+
+        Args:
+            state_dict: what that returned.
+
+        Returns:
+            A new history, equal to the one that was described, which goes on as that would have.
+
+        Raises:
+            KeyError: If an entry is missing.
+            ValueError: If layers, or a row and the layers, do not fit together.
+
+        Example::
+
+            >>> history = RotationHistory(["fc"])
+            >>> history.append(10, rotation=[0.2])
+            >>> state = history.state_dict()
+            >>> state["rows"]
+            [{'step': 10, 'rotation': [0.2]}]
+            >>> RotationHistory.from_state_dict(state) == history
+            True
+
+        """
         layers = state_dict["layers"]
         history = cls([layer["name"] for layer in layers], [layer["shape"] for layer in layers], state_dict["facts"])
         for row in state_dict["rows"]:
@@ -257,6 +292,8 @@ class RotationHistory:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     file = pathlib.Path(folder, "run.jsonl")
             ...     history.save(file)
+            ...     history.append(2, rotation=[0.5])
+            ...     history.save_last_row(file)
             ...     RotationHistory.load(file) == history
             True
 
@@ -272,6 +309,9 @@ class RotationHistory:
 
         Args:
             path: the file; it must hold the readings before the last, of the same layers.
+
+        Raises:
+            IndexError: If there is no reading.
 
         """
         _history_file.add_row(path, {"step": self.steps[-1], **self._rows[-1]})
@@ -302,25 +342,30 @@ class RotationHistory:
             ModuleNotFoundError: If pandas is not installed.
 
         """
-        import pandas as pd
-
-        rows = [
-            (step, name, depth, quantity, value)
-            for step, row in zip(self.steps, self._rows, strict=True)
-            for quantity, values in row.items()
-            for depth, (name, value) in enumerate(zip(self.layer_names, values, strict=True))
-            if not math.isnan(value)
-        ]
-        return pd.DataFrame(rows, columns=["step", "layer", "depth", "quantity", "value"])
+        return _history_rows.frame(self.steps, self._rows, self.layer_names)
 
     def figure(self, quantity: str = "rotation") -> "go.Figure":
-        """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``)."""
+        """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``).
+
+        Args:
+            quantity: one that the monitor records, or another of :attr:`quantities`.
+
+        Returns:
+            One line a layer over the optimizer steps, in depth order, and dotted ones to compare with.
+
+        Raises:
+            ValueError: If the quantity is neither.
+
+        """
         from pl_layer_rotation.report.figures import curves
 
         return curves(self, quantity)
 
     def findings(self) -> "list[Finding]":
         """What the curves say in plain words, most urgent first (see ``pl_layer_rotation.report.findings``).
+
+        Returns:
+            A record for each finding, with its sentence, layers and numbers; none where no rule fires.
 
         Example::
 
@@ -339,6 +384,12 @@ class RotationHistory:
 
         Args:
             *others: histories of runs that differ in the learning rate alone, each stopped after the same steps.
+
+        Returns:
+            The suggestion; NaN with the reason in its ``sentence`` where straightness says nothing.
+
+        Raises:
+            ValueError: If the runs are not equally long.
 
         """
         from pl_layer_rotation.report.suggestion import suggest_lr

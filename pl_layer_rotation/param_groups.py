@@ -36,7 +36,8 @@ def layca_param_groups(
 
     Args:
         module: the module to train.
-        lr: rotation rate, see :class:`~pl_layer_rotation.Layca`.
+        lr: rotation rate, see :class:`~pl_layer_rotation.Layca`. The default, 3⁻³ or 2.12°, was better over SGD than
+            3⁻⁴ and 3⁻⁵ in all five tasks of arXiv 1806.01603, which took 3⁻⁵ over Adam.
         plain_lr: learning rate of the plain group; ``lr`` where None.
         layer_multipliers: a factor on ``lr`` for each layer. A number is the paper's alpha in (-1, 1): with L layers in
             depth order, layer l gets ``(1 - alpha)^(5 (L-1-l) / (L-1))`` for alpha > 0 (early layers slower) and

@@ -8,11 +8,12 @@ above that of the healthy run with the same seed.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.measures import FEWEST_READINGS, Measures, number, rank_correlation, read_straightness
+from pl_layer_rotation.report.equilibrium import last_part, predicted_equilibrium
+from pl_layer_rotation.report.measures import FEWEST_READINGS, Measures, rank_correlation, read_straightness
 from pl_layer_rotation.report.suggestion import is_whole, rate_factor
 from pl_layer_rotation.report.text import between, listed, two_digits
 
@@ -33,8 +34,6 @@ GREW = 5.0  # median norm ratio; healthy runs have at most 2.5
 EQUILIBRIUM = 0.15  # of the predicted angle
 EQUILIBRIUM_NORM = 0.1  # change of the logarithm of the norm
 EQUILIBRIUM_TIMES = 3.6  # time constants of weight decay after which it was observed
-
-_END = 0.8  # of the run, where its last part begins
 
 
 @dataclass(frozen=True)
@@ -142,28 +141,18 @@ def did_not_turn(run: Measures) -> list[Finding]:
         named = run.called(unchanged)
         known = all(math.isfinite(norms[i]) for i in unchanged)
         changed = f": {_its(named)} weights never changed" if known else ""
-        found.append(
-            Finding(
-                "A",
-                named,
-                {"rotation": 0.0, "norm_ratio": 1.0},
-                f"{listed(named)} did not turn at all{changed}. "
-                "Frozen, missing from the optimizer, or without gradient.",
-            )
+        sentence = (
+            f"{listed(named)} did not turn at all{changed}. Frozen, missing from the optimizer, or without gradient."
         )
+        found.append(Finding("A", named, {"rotation": 0.0, "norm_ratio": 1.0}, sentence))
     if scaled:
         named, advice = run.called(scaled), "look for dead units"
         low, high = min(norms[i] for i in scaled), max(norms[i] for i in scaled)
-        found.append(
-            Finding(
-                "A",
-                named,
-                {"rotation": 0.0, "norm_ratio": low},
-                f"{listed(named)} did not turn at all, only {_its(named)} norm moved ({between(low, high, '×')}): "
-                f"weight decay acts but no gradient arrives; {advice}.",
-                advice,
-            )
+        sentence = (
+            f"{listed(named)} did not turn at all, only {_its(named)} norm moved ({between(low, high, '×')}): "
+            f"weight decay acts but no gradient arrives; {advice}."
         )
+        found.append(Finding("A", named, {"rotation": 0.0, "norm_ratio": low}, sentence, advice))
     if run.never:
         named = run.called(run.never)
         found.append(Finding("A", named, {}, _from_zero(named) + ". Usual for an output layer."))
@@ -185,22 +174,14 @@ def lags(run: Measures) -> list[Finding]:
     slow = [i for i, (ratio, _) in relative.items() if ratio < LAGS]
     if not slow:
         return []
-    named = run.called(slow)
-    slowest = min(slow, key=lambda i: relative[i])
-    ratio, typical = relative[slowest]
-    ratios, paths = [relative[i][0] for i in slow], [float(run.path[i]) for i in slow]
-    advice = f"Check {_its(named)} param group{'' if len(named) == 1 else 's'}"
+    values, said, advice = _compared(run, slow, relative, min(slow, key=lambda i: relative[i]))
+    paths = [float(run.path[i]) for i in slow]
     first = ": slow first layers cost accuracy in our tests" if 0 in slow else ""
-    return [
-        Finding(
-            "B",
-            named,
-            {"ratio": ratio, "path": float(run.path[slowest]), "typical_path": typical},
-            f"{listed(named)} turned {between(min(ratios), max(ratios))} × as much as the typical layer "
-            f"(path {between(min(paths), max(paths))} rad against {two_digits(typical)}). {advice}{first}.",
-            advice,
-        )
-    ]
+    sentence = (
+        f"{said} (path {between(min(paths), max(paths))} rad against {two_digits(values['typical_path'])}). "
+        f"{advice}{first}."
+    )
+    return [Finding("B", run.called(slow), values, sentence, advice)]
 
 
 def runs_ahead(run: Measures) -> list[Finding]:
@@ -212,20 +193,9 @@ def runs_ahead(run: Measures) -> list[Finding]:
     relative, fast = run.relative_paths(), _fast(run)
     if not fast:
         return []
-    named = run.called(fast)
-    fastest = max(fast, key=lambda i: relative[i])
-    ratio, typical = relative[fastest]
-    ratios = [relative[i][0] for i in fast]
-    advice = f"Check {_its(named)} param group{'' if len(named) == 1 else 's'} or the gradients of the others"
-    return [
-        Finding(
-            "C",
-            named,
-            {"ratio": ratio, "path": float(run.path[fastest]), "typical_path": typical},
-            f"{listed(named)} turned {between(min(ratios), max(ratios))} × as much as the typical layer. {advice}.",
-            advice,
-        )
-    ]
+    values, said, advice = _compared(run, fast, relative, max(fast, key=lambda i: relative[i]))
+    advice = f"{advice} or the gradients of the others"
+    return [Finding("C", run.called(fast), values, f"{said}. {advice}.", advice)]
 
 
 def straightness(run: Measures) -> list[Finding]:
@@ -300,16 +270,12 @@ def early_shock(run: Measures) -> list[Finding]:
     if statistics.median(ratios.values()) <= SHOCK_RATIO or run.peak[largest] <= SHOCK:
         return []
     advice = "try warm-up or a smaller learning rate"
-    return [
-        Finding(
-            "G",
-            (run.names[largest],),
-            {"angle": run.peak[largest], "step": run.peak_step[largest], "ratio": ratios[largest]},
-            f"The largest step ({two_digits(run.peak[largest])} rad, step {run.peak_step[largest]:,.0f}) was "
-            f"{two_digits(ratios[largest])} × the usual one: {advice}.",
-            advice,
-        )
-    ]
+    values = {"angle": run.peak[largest], "step": run.peak_step[largest], "ratio": ratios[largest]}
+    sentence = (
+        f"The largest step ({two_digits(values['angle'])} rad, step {values['step']:,.0f}) was "
+        f"{two_digits(values['ratio'])} × the usual one: {advice}."
+    )
+    return [Finding("G", (run.names[largest],), values, sentence, advice)]
 
 
 def diverging(run: Measures) -> list[Finding]:
@@ -323,16 +289,12 @@ def diverging(run: Measures) -> list[Finding]:
         return []
     largest = max(large, key=lambda i: run.peak[i])
     advice = "lower the learning rate"
-    return [
-        Finding(
-            "H",
-            run.called(large),
-            {"angle": run.peak[largest], "step": run.peak_step[largest]},
-            f"{listed(run.called([largest]))} turned {two_digits(run.peak[largest])} rad in one step "
-            f"(step {run.peak_step[largest]:,.0f}): training is diverging; {advice}.",
-            advice,
-        )
-    ]
+    values = {"angle": run.peak[largest], "step": run.peak_step[largest]}
+    sentence = (
+        f"{listed(run.called([largest]))} turned {two_digits(values['angle'])} rad in one step "
+        f"(step {values['step']:,.0f}): training is diverging; {advice}."
+    )
+    return [Finding("H", run.called(large), values, sentence, advice)]
 
 
 def uneven_over_depth(run: Measures) -> list[Finding]:
@@ -372,31 +334,17 @@ def weights_grew(run: Measures) -> list[Finding]:
 def equilibrium(run: Measures) -> list[Finding]:
     """K. Layers followed by a norm turn as weight decay predicts (arXiv 2305.17212). A fact, no alarm.
 
-    Predicted are sqrt(2·lr·wd / (1 + m)) for SGD and sqrt(2·lr·wd·(1 - b) / (1 + b)) for AdamW, with momentum m or
-    first beta b; observed is the root mean square over the last 20 % of a run at constant rate, with a norm that stays
-    within 10 %. After 3.6 time constants 17/17 layers followed by BatchNorm were within 10 %. Others say nothing.
+    Observed is the root mean square over the last 20 % of a run at constant rate, with a norm that stays within 10 %.
+    After 3.6 time constants 17/17 layers followed by BatchNorm were within 10 %. Others say nothing.
     """
-    normed = run.facts.get("followed_by_norm")
-    lr, decay, momentum = (number(run.facts, key) for key in ("learning_rate", "weight_decay", "momentum"))
-    kind = run.facts.get("optimizer")
-    if (
-        run.facts.get("constant_learning_rate") is not True
-        or not isinstance(normed, (list, tuple))
-        or kind not in ("SGD", "AdamW")
-        or not (lr and decay)
-        or momentum is None
-        or not 0 <= momentum < 1
-    ):
+    normed, known = run.facts.get("followed_by_norm"), predicted_equilibrium(run.facts)
+    if not isinstance(normed, (list, tuple)) or known is None:
         return []
-    if kind == "SGD":
-        predicted, time = math.sqrt(2 * lr * decay / (1 + momentum)), (1 - momentum) / (2 * lr * decay)
-    else:
-        predicted, time = math.sqrt(2 * lr * decay * (1 - momentum) / (1 + momentum)), 1 / (2 * lr * decay)
-    before = int((run.steps <= run.start + _END * (run.end - run.start)).sum()) - 1
-    if run.end - run.start < EQUILIBRIUM_TIMES * time or before < 0:
+    predicted, time = known
+    late = last_part(run)
+    if run.end - run.start < EQUILIBRIUM_TIMES * time or late is None:
         return []
-    turned = ((run.squares[-1] - run.squares[before]) / (run.end - float(run.steps[before]))).sqrt()
-    grown = (run.norms[-1] / run.norms[before]).log().abs()
+    turned, grown = late
     holds = (((turned / predicted - 1).abs() <= EQUILIBRIUM) & (grown <= EQUILIBRIUM_NORM)).tolist()
     layers = [i for i in run.moving if holds[i] and run.names[i] in normed]
     if not layers:
@@ -418,6 +366,16 @@ def _of(run: Measures, *rules: Callable[[Measures], list[Finding]]) -> list[Find
 
 def _fast(run: Measures) -> list[int]:
     return [i for i, (ratio, _) in run.relative_paths().items() if ratio > AHEAD]
+
+
+def _compared(
+    run: Measures, layers: Sequence[int], relative: Mapping[int, tuple[float, float]], extreme: int
+) -> tuple[dict[str, float], str, str]:
+    """The values of the layer that stands out most, how far layers turned beside the typical one, and what to check."""
+    (ratio, typical), ratios, named = relative[extreme], [relative[i][0] for i in layers], run.called(layers)
+    said = f"{listed(named)} turned {between(min(ratios), max(ratios))} × as much as the typical layer"
+    values = {"ratio": ratio, "path": float(run.path[extreme]), "typical_path": typical}
+    return values, said, f"Check {_its(named)} param group{'' if len(named) == 1 else 's'}"
 
 
 def _its(names: Sequence[str]) -> str:
