@@ -150,16 +150,10 @@ def measure_time(workload: str, rounds: int, run: Any) -> list[dict[str, float]]
     gc.disable()
     fit(workload, [first, *monitors, Rivals(times, run), Last(first, WARM_UP + rounds)])
     gc.enable()
-    everything, angles, nothing = monitors
     # Each did what it stands for (the last row of the others is that of the end of training).
-    assert (
-        len(everything.history)
-        == everything._measuring.sums.readings
-        == angles._measuring.sums.readings
-        == WARM_UP + rounds
-    )
-    assert len(angles.history) == len(nothing.history) == 1
-    assert nothing._measuring.sums.readings == 0
+    readings = [monitor.history.facts.get("angle_readings", 0) for monitor in monitors]
+    assert readings == [WARM_UP + rounds, WARM_UP + rounds, 0]
+    assert [len(monitor.history) for monitor in monitors] == [WARM_UP + rounds, 1, 1]
     return times.rows[WARM_UP:]
 
 
