@@ -21,7 +21,8 @@ environ["WANDB_MODE"] = "offline"
 packages = ("torch", "pytorch-lightning", "torchmetrics", "wandb", "plotly", "jinja2", "click")
 # No dependency of the wheel's users: newest in every environment.
 test_tools = ("pytest", "pytest-timeout", "hypothesis", "jsonargparse[signatures]", "mpmath", "pandas", "tensorboard")
-core_tests = [f"tests/test_{name}.py" for name in ("layca", "geometry", "metric", "monitor", "history", "measuring")]
+topics = ("layca", "scratch", "geometry", "metric", "monitor", "history", "measuring")
+core_tests = [file for topic in topics for file in sorted(root.glob(f"tests/test_{topic}*.py"))]
 
 
 def main() -> int:
@@ -77,7 +78,7 @@ def steps(wheel: Path, binaries: Path, resolution: str, tests: bool) -> Iterator
         yield "test tools", [*install, *test_tools]
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", root / "pyproject.toml"]
         # Old releases warn of what the newest Python or their neighbours deprecate.
-        yield "tests", [*pytest, "-o", "filterwarnings=default", *(root / name for name in core_tests)]
+        yield "tests", [*pytest, "-o", "filterwarnings=default", *core_tests]
 
 
 def outcome(command: list[str | Path], work: Path) -> str:
