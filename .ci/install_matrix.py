@@ -1,11 +1,13 @@
 """Install the wheel in clean environments of several Pythons, at the oldest and newest dependencies, and use it there.
 
-Prints one row of a Markdown table for each environment; ends with 1 if anything failed. Needs ``uv`` alone:
+Prints one row of a Markdown table for each environment; ends with 1 if anything failed. Needs ``uv`` alone. The result
+that the page *Versions* shows:
 
-    uv run --no-project .ci/install_matrix.py --python 3.10 --python 3.13 --tests
+    uv run --no-project .ci/install_matrix.py --python 3.10 --python 3.13 --tests --output docs/results/installs.json
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--resolution", choices=("lowest-direct", "highest"), help="one of the two instead of both")
     parser.add_argument("--dist", type=Path, help="folder of the wheel; built from this checkout where left out")
     parser.add_argument("--tests", action="store_true", help="run the core tests in each environment too")
+    parser.add_argument("--output", type=Path, help="JSON file to write the table to")
     options = parser.parse_args()
     resolutions = [options.resolution] if options.resolution else ["lowest-direct", "highest"]
     rows = [("Python", "dependencies", *packages, "result"), ("---",) * (len(packages) + 3)]
@@ -46,6 +49,9 @@ def main() -> int:
             for resolution in resolutions:
                 rows.append(row(work, wheel, python, resolution, tests=options.tests))
     print(*(f"| {' | '.join(cells)} |" for cells in rows), sep="\n")
+    if options.output:
+        records = [dict(zip(rows[0], cells, strict=True)) for cells in rows[2:]]
+        options.output.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     return int(any("FAILED" in cell for cells in rows for cell in cells))
 
 

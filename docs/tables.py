@@ -159,6 +159,17 @@ def versions() -> str:
     return _table(["", "accepted", "the committed results were measured with"], rows)
 
 
+def installs() -> str:
+    """Where the wheel was installed and used, as `.ci/install_matrix.py` wrote it."""
+    records = json.loads((DOCS / "results" / "installs.json").read_text(encoding="utf-8"))
+    # What each step came to stands in the file; what fails here is not published.
+    hidden = {"dependencies", "result", "jinja2", "click"}
+    shown = [name for name in records[0] if name not in hidden]
+    tests = [re.search(r"(\d+) passed", record["result"])[1] for record in records]
+    rows = [[*(record[name] for name in shown), passed] for record, passed in zip(records, tests, strict=True)]
+    return _table([*shown, "tests passed"], rows)
+
+
 def workflow() -> str:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     rows = []
@@ -181,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mnist": mnist,
     "runs": runs,
     "versions": versions,
+    "installs": installs,
     "workflow": workflow,
 }
 
