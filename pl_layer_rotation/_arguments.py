@@ -1,6 +1,6 @@
 """Checks of the monitor's arguments; those of the weights to measure from are in ``_reference``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -9,6 +9,7 @@ QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
 # What an argument may be, and what to know of the choice.
 _CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
     "reference_device": (("same", "cpu"), "'cpu' spares the accelerator."),
+    "save_reference": ((True, False), "False keeps checkpoints small."),
     "report": ((True, False, "wandb"), "'wandb' puts the page into the W&B run too."),
     "angular_update": (
         (True, False, "auto"),
@@ -38,23 +39,26 @@ def check_every_n_steps(every_n_steps: Any) -> None:
         MisconfigurationException: If it is neither None nor a positive integer.
 
     """
-    if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+    is_count = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+    if every_n_steps is not None and (not is_count or every_n_steps < 1):
         raise MisconfigurationException(
             f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
             "None follows the trainer's `log_every_n_steps`."
         )
 
 
-def check_log_quantities(log_quantities: Sequence[str]) -> None:
-    """Raise unless loggers can get them.
+def checked_log_quantities(log_quantities: Any) -> tuple[str, ...]:
+    """What loggers get of each layer.
 
     Raises:
         MisconfigurationException: If it is no list of known quantities.
 
     """
-    unknown = [quantity for quantity in log_quantities if quantity not in QUANTITIES]
-    if unknown or isinstance(log_quantities, str):
+    is_list = isinstance(log_quantities, Iterable) and not isinstance(log_quantities, (str, Mapping))
+    listed = list(log_quantities) if is_list else log_quantities
+    if not is_list or any(quantity not in QUANTITIES for quantity in listed):
         raise MisconfigurationException(
-            f"`log_quantities` must be a list out of {', '.join(QUANTITIES)}, got {log_quantities!r}. "
+            f"`log_quantities` must be a list out of {', '.join(QUANTITIES)}, got {listed!r}. "
             "Pass for instance `log_quantities=['rotation', 'norm_ratio']`."
         )
+    return tuple(listed)

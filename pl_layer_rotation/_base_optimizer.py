@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -38,7 +39,8 @@ def resolve_base(base: BaseOptimizer, options: Mapping[str, Any], argument: str 
     if isinstance(base, str):
         names = [name for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and kind is not Optimizer]
         if base not in names:
-            near = difflib.get_close_matches(base, names, n=3, cutoff=0.4) or ["SGD", "AdamW"]
+            same = [name for name in names if name.lower() == base.lower()]
+            near = same or difflib.get_close_matches(base, names, n=3, cutoff=0.4) or ["SGD", "AdamW"]
             raise ValueError(
                 f"`{argument}` must name an optimizer of torch.optim, got {base!r}. Similar names: "
                 f"{', '.join(map(repr, near))}."
@@ -59,6 +61,9 @@ def resolve_base(base: BaseOptimizer, options: Mapping[str, Any], argument: str 
                     f"`{option}` must be an option of the base optimizer {name}, got {option}={value!r}. "
                     f"Its options are {', '.join(own)}."
                 )
+    for option, value in options.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"`{option}` must be a number, got {value!r}. Leave it out for the default of {name}.")
     if options.get("differentiable"):
         raise ValueError("`differentiable` must be False, got True. Layca changes the weights in place.")
     required: dict[str, Any] = (

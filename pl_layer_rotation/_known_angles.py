@@ -42,7 +42,7 @@ class KnownAngles:
         names: list[str] = []
         parts = []
         for optimizer in layca_optimizers_of(trainer):
-            parameters, turned = optimizer.take_angles()
+            parameters, turned = optimizer._angles_for_the_monitor()
             known = [place for place, parameter in enumerate(parameters) if id(parameter) in self._names]
             names += [self._names[id(parameters[place])] for place in known]
             parts.append(turned if len(known) == len(parameters) else turned[known])

@@ -36,6 +36,7 @@ def as_groups(params: Iterable[Any], own: Mapping[str, Any], base_options: Mappi
         base_options: the base's options where a group has none.
 
     Raises:
+        TypeError: If a switch is neither True nor False.
         ValueError: If an option is invalid, or a rotating group asks for weight decay.
 
     """
@@ -46,6 +47,7 @@ def as_groups(params: Iterable[Any], own: Mapping[str, Any], base_options: Mappi
         members = group["params"]
         group["params"] = members if isinstance(members, (Tensor, set)) else list(members)
         group.update({key: value for key, value in own.items() if key not in group})
+        check_switches(group)
         check_leading_dims(group)
         if group["rotate"]:
             check_weight_decay({**base_options, **group})
@@ -90,14 +92,45 @@ def check_lr(lr: float | Tensor) -> None:
     """Raise unless a rate is the tangent of an angle."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not isinstance(lr, (numbers.Real, Tensor)) or not 0 <= float(lr) < math.inf:
+    if (not isinstance(lr, Tensor) and not is_rate(lr)) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"`lr` must be a finite number of at least 0, got {lr!r}. Try 3**-3, an angle of 2.1 degrees.")
+
+
+def check_rate(argument: str, value: Any) -> None:
+    """Raise unless an argument is a learning rate.
+
+    Raises:
+        ValueError: Naming it.
+
+    """
+    if not is_rate(value):
+        raise ValueError(
+            f"`{argument}` must be a finite number of at least 0, got {value!r}. Leave it out for the default."
+        )
+
+
+def is_rate(value: Any) -> bool:
+    """Whether it is a finite number of at least 0; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
+def check_switches(group: Mapping[str, Any]) -> None:
+    """Raise where a switch is neither True nor False: any text would count as True.
+
+    Raises:
+        TypeError: Naming the option.
+
+    """
+    for option in ("rotate", "tangential"):
+        value = group.get(option, True)
+        if not isinstance(value, bool):
+            raise TypeError(f"`{option}` must be True or False, got {value!r}. Leave it out for the default.")
 
 
 def check_leading_dims(group: Mapping[str, Any]) -> None:
     """Raise unless every tensor of a group keeps a dimension."""
     leading = group["leading_dims"]
-    if not isinstance(leading, int) or leading < 0:
+    if isinstance(leading, bool) or not isinstance(leading, int) or leading < 0:
         raise ValueError(
             f"`leading_dims` must be an integer of at least 0, got {leading!r}. "
             "Pass 1 for stacked experts (E, out, in) or a fused projection (3, out, in)."
@@ -117,7 +150,8 @@ def check_weight_decay(group: Mapping[str, Any]) -> None:
     if decay:
         raise ValueError(
             f"`weight_decay` must be 0 in a rotating group, got {decay!r}: the norm of a rotating layer is fixed. "
-            "Set it in a group with `rotate=False` only."
+            "Set it where nothing rotates: in a group with `rotate=False`, or in a `plain_base` such as "
+            "`lambda params: torch.optim.AdamW(params, weight_decay=0.1)`."
         )
 
 

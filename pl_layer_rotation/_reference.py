@@ -229,7 +229,14 @@ def reference_weights(reference: Reference, layers: Mapping[str, Tensor]) -> dic
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever lies in the file: what torch says of it names neither the argument nor what its user can do.
+        raise MisconfigurationException(
+            "`reference` must be the path of weights that `torch.load(..., weights_only=True)` reads, got "
+            f"{str(path)!r} ({type(error).__name__}). Write them with `torch.save(module.state_dict(), path)`."
+        ) from error
     if not isinstance(loaded, Mapping):
         raise MisconfigurationException(
             f"`reference` must be the path of a state dict or a checkpoint, got {str(path)!r} with a "

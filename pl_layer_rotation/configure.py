@@ -1,6 +1,5 @@
 """What a LightningModule returns from ``configure_optimizers`` to control layer rotation."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pl_layer_rotation._base_optimizer import BaseOptimizer
+from pl_layer_rotation._options import check_rate
 from pl_layer_rotation._schedules import SCHEDULES, make_schedule, training_steps
 from pl_layer_rotation.layca import Layca
 from pl_layer_rotation.layer_selection import select_layers
@@ -24,6 +24,12 @@ _PLAIN_LR_SGD = 0.1
 _PLAIN_LR_ADAPTIVE = 0.01
 # What a transformer has, or another network with a table of tokens.
 _TRANSFORMER_PARTS = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+
+# Options of Layca that would pass for some of the base, and what to do instead.
+_NOT_OF_A_BASE = {
+    "params": "The parameters are those of `module`.",
+    "rotate": "What takes plain steps is named by `exclude`; a module without Layca needs a torch optimizer.",
+}
 
 
 def layca_optimizers(
@@ -113,6 +119,8 @@ def layca_optimizers(
 
     """
     _check(lr, plain_lr, schedule, warmup_steps)
+    for option in base_options.keys() & _NOT_OF_A_BASE.keys():
+        raise TypeError(f"`{option}` must be left out, got {base_options[option]!r}. {_NOT_OF_A_BASE[option]}")
     # The rate of "auto" is known only once the base has said its momentum.
     given = 1.0 if isinstance(lr, str) else lr
     groups = layca_param_groups(
@@ -145,6 +153,10 @@ def layca_optimizers(
         optimizer.param_groups[-1]["lr"] = _PLAIN_LR_SGD if is_sgd else _PLAIN_LR_ADAPTIVE
     if callable(schedule):
         scheduler = schedule(optimizer)
+        if not callable(getattr(scheduler, "step", None)):
+            raise MisconfigurationException(
+                f"`schedule` must make a scheduler from the optimizer, got {scheduler!r} from {schedule!r}. Return it."
+            )
     elif schedule in (None, "constant") and not warmup_steps:
         return {"optimizer": optimizer}
     else:
@@ -155,10 +167,8 @@ def layca_optimizers(
 def _check(lr: Any, plain_lr: Any, schedule: Any, warmup_steps: Any) -> None:
     if isinstance(lr, str) and lr != "auto":
         raise MisconfigurationException(f"`lr` must be a number or 'auto', got {lr!r}. Pass for instance `3**-3`.")
-    if plain_lr is not None and not 0 <= plain_lr < math.inf:
-        raise ValueError(
-            f"`plain_lr` must be a finite number of at least 0, got {plain_lr!r}. Leave it out for a default."
-        )
+    if plain_lr is not None:
+        check_rate("plain_lr", plain_lr)
     if schedule is not None and schedule not in SCHEDULES and not callable(schedule):
         raise MisconfigurationException(
             f"`schedule` must be {', '.join(map(repr, SCHEDULES))} or a function from an optimizer to a scheduler, got "

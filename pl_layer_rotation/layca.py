@@ -20,6 +20,7 @@ from pl_layer_rotation._options import (
     check_leading_dims,
     check_lr,
     check_pieces,
+    check_switches,
     check_weight_decay,
     drop_weight_decay,
     make_one,
@@ -104,7 +105,8 @@ class Layca(Optimizer):
         lr: tangent of the angle by which a rotating layer turns in one step; the base's own lr in plain groups that
             bring none. The default, 3⁻³ = 0.037 or 2.12°, was better over SGD than 3⁻⁴ and 3⁻⁵ in all five tasks of
             arXiv 1806.01603, which took 3⁻⁵ over Adam.
-        base: class, name in ``torch.optim``, or function from parameter groups to an optimizer.
+        base: class, name in ``torch.optim``, or function from parameter groups to an optimizer. The default is plain
+            SGD, the base of the paper's main study.
         plain_base: what steps everything that does not rotate, with its own defaults (pass a function for other
             options); None: the base. For bases that take matrices only: ``base="Muon", plain_base="AdamW"``.
         rotate: default of the group option: False gives the base's plain step.
@@ -176,6 +178,7 @@ class Layca(Optimizer):
         self._scratch: Buffers = {}
         self._plan: Plan | None = None
         self._turned: list[Turned] = []
+        self._unread: list[Turned] = []  # the same for the monitor: what another reader took, it must not miss
         self._told_resolution = False
         super().__init__(filled, defaults)
 
@@ -200,6 +203,7 @@ class Layca(Optimizer):
         """
         if isinstance(param_group, dict):
             check_lr(param_group.get("lr", 0.0))
+            check_switches(param_group)
             check_leading_dims({**self.defaults, **param_group})
             if param_group.get("rotate", self.defaults["rotate"]):
                 check_weight_decay(param_group)
@@ -244,7 +248,7 @@ class Layca(Optimizer):
             drop_placeholders(plan, self.state)
             self._plan = plan
         plan = self._plan
-        self._turned = []
+        self._turned = self._unread = []
         if plan.bfloat16 and not self._told_resolution:
             self._told_resolution = warn_of_rounding([self.param_groups[index] for index in plan.bfloat16])
         norms = new_norms(plan, self.state, self._describe) if len(self.state) != plan.known else {}
@@ -299,6 +303,10 @@ class Layca(Optimizer):
         turned, self._turned = self._turned, []
         return angles(turned)
 
+    def _angles_for_the_monitor(self) -> tuple[list[Tensor], Tensor]:
+        turned, self._unread = self._unread, []
+        return angles(turned)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the initial norms keep their precision, which torch casts to that of the weights.
 
@@ -335,7 +343,7 @@ class Layca(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch calls this with groups and state alone when it loads a checkpoint.
-        self._scratch, self._plan, self._turned = {}, None, []
+        self._scratch, self._plan, self._turned, self._unread = {}, None, [], []
         for group in self.param_groups:
             for option in OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])

@@ -2,9 +2,9 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -67,6 +67,7 @@ def select_layers(
         Name to parameter, in depth order; empty for a module without layers.
 
     Raises:
+        TypeError: If ``module`` is no module.
         MisconfigurationException: If a pattern matches nothing; the message names similar names. If FSDP1 put all
             parameters into one (``use_orig_params=False``), or cut them by a wrapper that ``module`` does not hold.
 
@@ -79,9 +80,10 @@ def select_layers(
         ['0']
 
     """
+    check_module(module)
     candidates = _candidates(module)
-    included = _as_patterns("include", include)
-    excluded = _as_patterns("exclude", exclude)
+    included = as_patterns("include", include)
+    excluded = as_patterns("exclude", exclude)
     defaults = [candidate for candidate in candidates if candidate.by_default]
     if included is None:
         chosen = {candidate.name for candidate in defaults}
@@ -222,10 +224,29 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, _EMBEDDING_TYPES) or type(module).__name__.endswith("Embedding")
 
 
-def _as_patterns(argument: str, patterns: Sequence[str] | str | None) -> list[str] | None:
+def check_module(module: Any) -> None:
+    """Raise for what is often passed instead of a module: its parameters, or its state dict.
+
+    Raises:
+        TypeError: If it is no module.
+
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be an nn.Module, got {type(module).__name__}. Pass the module itself.")
+
+
+def as_patterns(argument: str, patterns: Iterable[str] | str | None) -> list[str] | None:
+    """The patterns as a list, so that an iterator can be read more than once.
+
+    Raises:
+        MisconfigurationException: If one is no text.
+
+    """
     if patterns is None:
         return None
-    listed = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+    listed: list[Any] = [patterns]
+    if isinstance(patterns, Iterable) and not isinstance(patterns, (str, Mapping)):
+        listed = list(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
             raise MisconfigurationException(

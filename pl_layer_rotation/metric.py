@@ -20,7 +20,7 @@ from pl_layer_rotation._sharding import (
     sum_over_processes,
     world_size,
 )
-from pl_layer_rotation.layer_selection import select_layers
+from pl_layer_rotation.layer_selection import as_patterns, select_layers
 
 # Columns of the metric's state: the sums of a layer, a number that stands for its name and shape, and NaN.
 _SUMS = 4
@@ -33,7 +33,8 @@ def layer_rotation(weights: Tensor, reference: Tensor) -> Tensor:
     Right from 1e-10 to 2 for tensors of any size: products are taken in fp32 or better and summed in float64, in a
     form that does not subtract nearly equal numbers (``1 - F.cosine_similarity(...)`` in fp32 is noise below 1e-7 and
     far off for large tensors). A tensor of bf16 or fp16 weights is read as it is; its rounding alone is an angle of
-    about 1.7e-3 or 2.1e-4 rad. With sharded tensors (DTensor) every process must call it.
+    about 1.7e-3 or 2.1e-4 rad. With sharded tensors (DTensor) every process must call it. It is a reading: no gradient
+    flows through it.
 
     Args:
         weights: the weights now, any shape, dtype and layout.
@@ -79,7 +80,8 @@ class LayerRotation(Metric):
     The metric remembers the layers' weights at construction (or takes ``reference``) and is called with the module. It
     is a reading of a state, not of a stream of data: ``update`` replaces the last reading. It keeps tensors, never the
     module. In a plain loop and in Fabric (after ``setup``) make it before the first step; in a LightningModule make it
-    in ``on_train_start`` and use ``self.log_dict(self.rotation(self))``.
+    in ``on_train_start`` and use ``self.log_dict(self.rotation(self))``. Its reference is in no checkpoint: made in a
+    resumed training it measures from there, unless ``reference`` brings the first weights. The monitor needs no help.
 
     Its one state holds this process's sums in float64, weighted by how often a piece of a layer stands in the group of
     processes, so that ``compute`` is exact for replicated layers, sharded ones (DTensor, FSDP1) and mixtures of them.
@@ -132,17 +134,19 @@ class LayerRotation(Metric):
         module: nn.Module,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
+        *,
         reference: Mapping[str, Tensor] | None = None,
         **metric_kwargs: Any,
     ) -> None:
         # The result is a dictionary: a caller that edits it must not edit the cache.
         super().__init__(**{"compute_with_cache": False, **metric_kwargs})
-        self.include, self.exclude = include, exclude
-        layers = select_layers(module, include, exclude)
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
+        layers = select_layers(module, self.include, self.exclude)
         if not layers:
             raise ValueError(
-                f"`module` must have a layer to measure, got {type(module).__name__} without a parameter of two or "
-                "more dimensions. Pass the module that holds the network."
+                f"`module` must have a layer to measure, got {type(module).__name__}, of whose parameters none is "
+                "selected (two or more dimensions, no normalization, no embedding, initialized). Pass the module that "
+                "holds the network, after its first batch where it is lazy, or other patterns."
             )
         self.layer_names = list(layers)
         # Rows of the state go by name, not by depth: processes may register their layers in any order.
@@ -157,7 +161,15 @@ class LayerRotation(Metric):
         return self.reading[:, :_SUMS]
 
     def update(self, module: nn.Module) -> None:
-        """Read the layers of the module; replaces the last reading."""
+        """Read the layers of the module; replaces the last reading.
+
+        Args:
+            module: one with the layers that the metric was made for, in any order.
+
+        Raises:
+            ValueError: If it has other layers, or ``process_group`` lacks pieces of a layer.
+
+        """
         layers = select_layers(module, self.include, self.exclude)
         weights = [local_tensor(layers[name]) for name in self._rows if name in layers]
         if sorted(layers) != self._rows or any(
@@ -178,7 +190,20 @@ class LayerRotation(Metric):
         self.reading = torch.cat([weighted.to(self.reading), self.reading[:, _SUMS:]], 1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Cosine distance by layer name, float64 scalars."""
+        """The last reading, over all processes of the group.
+
+        Returns:
+            Cosine distance by layer name in depth order, float64 scalars of shape ``()``.
+
+        Example::
+
+            >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+            >>> rotation = LayerRotation(net)
+            >>> rotation.update(net)
+            >>> {name: float(value) for name, value in rotation.compute().items()}
+            {'0': 0.0, '2': 0.0}
+
+        """
         by_name = dict(zip(self._rows, geometry.cosine_distance(self.sums).unbind(), strict=True))
         return {name: by_name[name] for name in self.layer_names}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pl_layer_rotation._arguments import check_choices, check_every_n_steps, check_log_quantities
+from pl_layer_rotation._arguments import check_choices, check_every_n_steps, checked_log_quantities
 from pl_layer_rotation._cadence import Cadence, planned
 from pl_layer_rotation._lightning import CallbackBase, averages_are_in, expected_steps, stepped_batches
 from pl_layer_rotation._output import Attempts, Output
@@ -22,7 +22,7 @@ from pl_layer_rotation._running_sums import RunningSums
 from pl_layer_rotation._sharding import local_tensor
 from pl_layer_rotation._start_of_training import note_facts, refer, resumed, write_sidecar
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.layer_selection import UnreadableLayersError, select_layers
+from pl_layer_rotation.layer_selection import UnreadableLayersError, as_patterns, select_layers
 
 # Bytes of a second copy of the layers that `angular_update="auto"` takes.
 _MOST_COPIED = 1 << 30
@@ -124,11 +124,11 @@ class LayerRotationMonitor(CallbackBase):
         super().__init__()
         check_reference(reference)
         check_choices(reference_device=reference_device, report=report, angular_update=angular_update)
+        check_choices(save_reference=save_reference)
         check_every_n_steps(every_n_steps)
-        check_log_quantities(log_quantities)
-        self.include, self.exclude = include, exclude
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.every_n_steps = every_n_steps
-        self.log_quantities = tuple(log_quantities)
+        self.log_quantities = checked_log_quantities(log_quantities)
         self.reference = reference
         self.reference_device, self.reference_dtype = reference_device, check_dtype(reference_dtype)
         self.save_reference = save_reference
@@ -154,8 +154,7 @@ class LayerRotationMonitor(CallbackBase):
     @property
     def state_key(self) -> str:
         """Tells monitors of other layers apart in a checkpoint; a resumed run may read or log otherwise."""
-        include, exclude = ([p] if isinstance(p, str) else p and list(p) for p in (self.include, self.exclude))
-        return self._generate_state_key(include=include, exclude=exclude)
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Forget what an earlier ``validate(ckpt_path=...)`` loaded: only this fit's checkpoint counts."""
@@ -192,7 +191,8 @@ class LayerRotationMonitor(CallbackBase):
         expected = bool(layers) or lazy
         if not expected:
             self._attempt.warn(
-                f"{type(pl_module).__name__} has no layers to measure (no parameter of two or more dimensions)"
+                f"{type(pl_module).__name__} has no layers to measure: none of its parameters is selected (two or more "
+                "dimensions, no normalization, no embedding)"
             )
         self._recording.adopt(layers, self._step, first=True)
         references = self._recording.references

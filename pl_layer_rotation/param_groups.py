@@ -1,7 +1,7 @@
 """Parameter groups for Layca: which tensors rotate, and how fast each layer does."""
 
-import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pl_layer_rotation._options import check_lr, check_rate, is_rate
 from pl_layer_rotation._sharding import are_zero, original_shape
-from pl_layer_rotation.layer_selection import select_layers
+from pl_layer_rotation.layer_selection import check_module, select_layers
 
 
 def layca_param_groups(
@@ -55,6 +56,8 @@ def layca_param_groups(
         Groups for ``Layca``, with ``name``, ``lr``, ``rotate`` and ``leading_dims``; empty groups are left out.
 
     Raises:
+        TypeError: If ``module`` is no module.
+        ValueError: If a rate is negative, not finite or no number.
         MisconfigurationException: If no layer is left to rotate, a pattern matches nothing (or, in ``leading_dims``,
             nothing that rotates), a multiplier is invalid, or a layer has too few dimensions.
 
@@ -67,6 +70,10 @@ def layca_param_groups(
         plain 0.1 [(3,), (3,), (3,), (2,)]
 
     """
+    check_module(module)
+    check_lr(lr)
+    if plain_lr is not None:
+        check_rate("plain_lr", plain_lr)
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise MisconfigurationException(
@@ -126,13 +133,13 @@ def _factors(multipliers: float | Mapping[str, float], names: list[str]) -> dict
                 f"`layer_multipliers` must name rotating layers, got {unknown}. The layers are {names[:8]}."
             )
         for name, factor in multipliers.items():
-            if not 0 <= factor < math.inf:
+            if not is_rate(factor):
                 raise MisconfigurationException(
                     f"`layer_multipliers` must be finite and at least 0, got {factor!r} for {name!r}."
                     " Leave a layer out of the rotation with `exclude`."
                 )
         return {name: float(multipliers.get(name, 1.0)) for name in names}
-    if not -1 < multipliers < 1:
+    if isinstance(multipliers, bool) or not isinstance(multipliers, Real) or not -1 < multipliers < 1:
         raise MisconfigurationException(
             f"`layer_multipliers` must be an alpha between -1 and 1 (not included), got {multipliers!r}. "
             "Positive values slow early layers, negative values late ones; 0 turns all alike."

@@ -14,7 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nets import Net, batches, trainer
 from noted_rates import rates, recipe
 
-from pl_layer_rotation import Layca, LayerRotationMonitor, layca_optimizers
+from pl_layer_rotation import Layca, LayerRotationMonitor, layca_optimizers, layca_param_groups
 
 
 def adamw_of_ones_own(params: Any) -> torch.optim.AdamW:
@@ -249,3 +249,29 @@ def test_stacked_experts_turn_each_by_the_whole_angle() -> None:
     trainer(max_steps=1).fit(module, batches())
     turned = [angle(one, other) for one, other in zip(before, module.experts, strict=True)]
     assert turned == pytest.approx([math.atan(0.02)] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rotate": False}, TypeError, "`rotate` must be left out, got False. .*`exclude`"),
+        ({"params": []}, TypeError, r"`params` must be left out, got \[\]"),
+        ({"plain_lr": "0.1"}, ValueError, "`plain_lr` must be a finite number of at least 0, got '0.1'"),
+        ({"plain_lr": True}, ValueError, "`plain_lr` must be a finite number of at least 0, got True"),
+        ({"lr": True}, ValueError, "`lr` must be a finite number of at least 0, got True"),
+        ({"layer_multipliers": "0.5"}, MisconfigurationException, "must be an alpha between -1 and 1 .* got '0.5'"),
+        ({"layer_multipliers": {"head": "1"}}, MisconfigurationException, "must be finite and at least 0, got '1'"),
+        ({"schedule": lambda o: None}, MisconfigurationException, "`schedule` must make a scheduler .* got None from"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_passed_by_mistake_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        layca_optimizers(Net(), **options)
+
+
+@pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": math.nan}, {"lr": None}, {"plain_lr": -0.1}])
+def test_groups_have_no_impossible_rate(rates: dict[str, Any]) -> None:
+    (name,) = rates
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0, got"):
+        layca_param_groups(Net(), **rates)

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_direction_check": {"_base_optimizer"},
     "learning_rate": set(),
     "metric": {"layer_selection", "_geometry", "_sharding"},
-    "param_groups": {"layer_selection", "_sharding"},
+    "param_groups": {"layer_selection", "_sharding", "_options"},
     "_scratch": {"_geometry", "_sharding", "_base_optimizer"},
     "_turning": {"_geometry", "_sharding", "_scratch"},
     "_options": {"_geometry", "_scratch", "_sharding"},
@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("_saved_state", "_scratch", "_turning"),
     },
     "_schedules": set(),
-    "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"},
+    "configure": {"layer_selection", "param_groups", "learning_rate", "layca", "_base_optimizer", "_schedules"}
+    | {"_options"},
     "_running_sums": {"_geometry"},
     "_reference": {"_geometry", "_sharding"},
     "_arguments": set(),

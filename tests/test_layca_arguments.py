@@ -148,3 +148,36 @@ def test_tensors_that_fsdp1_flattened_are_refused() -> None:
         ):
             optimizer.step()
     assert torch.equal(weight, torch.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotate": "False"}, "`rotate` must be True or False, got 'False'"),
+        ({"tangential": 0}, "`tangential` must be True or False, got 0"),
+    ],
+)
+def test_a_switch_is_no_text(options: dict[str, Any], message: str) -> None:
+    weight = nn.Parameter(torch.eye(2))
+    with pytest.raises(TypeError, match=message):
+        Layca([weight], **options)
+    with pytest.raises(TypeError, match=message):
+        Layca([{"params": [weight], **options}])
+    with pytest.raises(TypeError, match=message):
+        Layca([weight]).add_param_group({"params": [nn.Parameter(torch.eye(3))], **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": True}, "`lr` must be a finite number of at least 0, got True"),
+        ({"leading_dims": True}, "`leading_dims` must be an integer of at least 0, got True"),
+        ({"momentum": math.nan}, "`momentum` must be a number, got nan. Leave it out for the default of SGD"),
+        ({"base": "adamw"}, "got 'adamw'. Similar names: 'AdamW'"),
+        ({"weight_decay": 0.1}, "`weight_decay` must be 0 in a rotating group, got 0.1: .* or in a `plain_base`"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_value_that_only_looks_right_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layca([nn.Parameter(torch.ones(2, 3))], **options)

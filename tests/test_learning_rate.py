@@ -112,3 +112,12 @@ def test_distance_must_be_between_zero_and_one(distance: float) -> None:
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         rotation_lr(100, distance=distance)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(("600",), "steps"), ((True,), "steps"), ((600, (0.9, 0.999)), "momentum"), ((600, None), "momentum")],
+)
+def test_what_is_no_number_is_named(arguments: tuple[Any, ...], name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        rotation_lr(*arguments)

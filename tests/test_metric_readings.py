@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from readings import assert_reads, distances, move, network, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from pl_layer_rotation import LayerRotation, layer_rotation
+from pl_layer_rotation import LayerRotation, layca_optimizers, layca_param_groups, layer_rotation, select_layers
 
 # --- the function ---
 
@@ -182,13 +183,43 @@ def test_a_copy_of_the_module_can_be_read() -> None:
 
 
 @pytest.mark.contract("M5")
-def test_a_module_without_layers_is_an_error() -> None:
-    text = (
-        "`module` must have a layer to measure, got BatchNorm1d without a parameter of two or more dimensions. "
-        "Pass the module that holds the network."
-    )
-    with pytest.raises(ValueError, match=re.escape(text)):
-        LayerRotation(nn.BatchNorm1d(3))
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(nn.BatchNorm1d(3), {}), (nn.Embedding(3, 2), {}), (nn.LazyLinear(3), {}), (nn.Linear(3, 2), {"include": []})],
+    ids=["normalization", "embedding", "lazy", "no pattern"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_module_without_layers_is_an_error(module: nn.Module, options: dict[str, Any]) -> None:
+    text = f"`module` must have a layer to measure, got {type(module).__name__}, of whose parameters none is selected"
+    with pytest.raises(ValueError, match=text):
+        LayerRotation(module, **options)
+
+
+def test_patterns_may_be_read_once_only() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    rotation = LayerRotation(module, include=(name for name in ["1"]))  # type: ignore[arg-type]
+    assert list(rotation(module)) == list(rotation(module)) == ["1"]
+
+
+def test_weights_in_the_place_of_patterns_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(MisconfigurationException, match=r"`include` must hold patterns as strings, got \{'0': tensor"):
+        LayerRotation(module, {"0": module[0].weight.detach()})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [(nn.Linear(2, 2).parameters(), "generator"), ({}, "dict"), (None, "None")]
+)
+def test_what_is_no_module_is_refused(module: Any, kind: str) -> None:
+    takers: list[Any] = [LayerRotation, select_layers, layca_optimizers, layca_param_groups]
+    for take in takers:
+        with pytest.raises(TypeError, match=f"`module` must be an nn.Module, got {kind}.*Pass the module itself"):
+            take(module)
+
+
+def test_a_reading_has_no_gradient() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    assert not layer_rotation(weight, torch.tensor([[2.0, 1.0]])).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from nets import Net, batches, trainer
 from processes import launch
+from pytorch_lightning.loggers import CSVLogger
 from test_layca_strategies import pytestmark as STRATEGY_MARKS
 from test_layca_strategies import train
 from test_monitor_strategies import OneGroup
@@ -46,6 +47,11 @@ def layca(module: pl.LightningModule) -> Any:
         ({"every_n_steps": 2.5}, "`every_n_steps` must be an integer of at least 1 or None, got 2.5"),
         ({"log_quantities": ["speed"]}, r"`log_quantities` must be a list out of rotation, .* got \['speed'\]"),
         ({"log_quantities": "rotation"}, "must be a list out of rotation, .* got 'rotation'"),
+        ({"log_quantities": None}, "must be a list out of rotation, .* got None"),
+        ({"every_n_steps": True}, "`every_n_steps` must be an integer of at least 1 or None, got True"),
+        ({"save_reference": "false"}, "`save_reference` must be True or False, got 'false'"),
+        ({"include": 3}, "`include` must hold patterns as strings, got 3"),
+        ({"exclude": {"head": 1}}, "`exclude` must hold patterns as strings, got {'head': 1}"),
     ],
 )
 def test_a_wrong_option_is_named_at_construction(arguments: dict[str, Any], message: str) -> None:
@@ -265,3 +271,36 @@ def test_a_failure_in_one_process_of_cut_layers_stops_reading_in_all_and_trainin
     assert (
         "measuring failed and stops here: RuntimeError: another process could not read its part of the layers" in told
     )
+
+
+def test_options_may_be_read_once_only(tmp_path: Path) -> None:
+    monitor = LayerRotationMonitor(
+        include=(name for name in ["head"]),  # type: ignore[arg-type]
+        log_quantities=(name for name in ["norm_ratio"]),  # type: ignore[arg-type]
+        report=False,
+    )
+    run = fit(monitor, logger=CSVLogger(tmp_path))
+    assert monitor.history.layer_names == ["head"]
+    assert "layer_norm_ratio/000_head" in next(tmp_path.rglob("metrics.csv")).read_text().partition("\n")[0]
+    assert "layer_norm_ratio_stats/mean" in run.callback_metrics
+
+
+def test_the_monitor_misses_no_angle_that_its_user_took() -> None:
+    class Looks(Net):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            seen.append(self.optimizers().optimizer.take_angles()[1].tolist())
+
+    seen: list[list[float]] = []
+    monitor = LayerRotationMonitor(report=False)
+    fit(monitor, Looks(layca))
+    assert monitor.history.values("angular_update").tolist() == [pytest.approx(angles) for angles in seen]
+    assert seen[0] == pytest.approx([math.atan(0.05)] * 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02cpathlib\nPath\n."])
+def test_a_reference_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "pretrained.ckpt"
+    file.write_bytes(content)
+    with pytest.raises(MisconfigurationException, match=r"`reference` must be the path of weights .*pretrained\.ckpt'"):
+        fit(LayerRotationMonitor(report=False, reference=file))
