@@ -134,16 +134,24 @@ def test_the_rules_see_the_imports_that_they_are_about() -> None:
     assert "layca" in siblings("monitor") | siblings("_lightning")
 
 
-def test_importing_the_package_loads_neither_wandb_nor_plotly() -> None:
-    code = (
-        "import sys, pytorch_lightning, pl_layer_rotation\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'wandb', 'plotly'}))"
-    )
+@pytest.mark.parametrize(
+    ("code", "spared"),
+    [
+        ("import pytorch_lightning\nfrom pl_layer_rotation import *", HEAVY),
+        ("from pl_layer_rotation.cli import main\nmain(['--help'], standalone_mode=False)", {"torch"} | LIGHTNING),
+        ("from pl_layer_rotation.report import compare, page, runs, table", LIGHTNING),
+    ],
+    ids=["training", "help of the command", "reading recorded runs"],
+)
+def test_nobody_waits_for_imports_that_others_need(code: str, spared: set[str]) -> None:
+    code += "\nimport sys\nprint()\nprint(*{name.split('.')[0] for name in sys.modules})"
     root = PACKAGE.parent
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=root, check=True
     )
-    assert run.stdout.strip() == "[]"
+    loaded = set(run.stdout.splitlines()[-1].split())
+    assert "pl_layer_rotation" in loaded
+    assert not loaded & spared
 
 
 def test_the_public_names_are_the_documented_ones() -> None:
@@ -152,6 +160,24 @@ def test_the_public_names_are_the_documented_ones() -> None:
         *("layca_param_groups", "rotation_lr", "select_layers", "RotationHistory"),
     }
     assert list(pl_layer_rotation.__all__) == sorted(pl_layer_rotation.__all__)
+
+
+def test_type_checkers_are_shown_the_names_that_the_package_imports_at_their_first_use() -> None:
+    shown = {
+        alias.name: node.module
+        for node in ast.walk(ast.parse(SOURCES["__init__"].read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module not in ("importlib", "typing")
+        for alias in node.names
+    }
+    assert sorted(shown) == pl_layer_rotation.__all__
+    for name, module in shown.items():
+        assert getattr(pl_layer_rotation, name) is getattr(sys.modules[str(module)], name)
+    assert set(pl_layer_rotation.__all__) <= set(dir(pl_layer_rotation))
+
+
+def test_the_package_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'pl_layer_rotation' has no attribute 'LayCa'$"):
+        pl_layer_rotation.LayCa  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize("name", pl_layer_rotation.__all__)

@@ -54,27 +54,30 @@ ORDERS = [
 ]
 
 
-def run(modules: tuple[str, str], fit: str) -> subprocess.CompletedProcess[str]:
-    """A fit of four steps in a new process, which imports these modules first."""
+def run(modules: tuple[str, str], fit: str, *, monitor_at_once: bool) -> subprocess.CompletedProcess[str]:
+    """A fit of four steps in a new process, which imports these modules first, and the monitor there or at its use."""
     (namespace,) = {*modules} - {"pl_layer_rotation"}
     imports = "\n".join(f"import {name}" for name in (*modules, f"{namespace}.cli"))
+    if monitor_at_once:
+        imports = imports.replace("import pl_layer_rotation", "from pl_layer_rotation import LayerRotationMonitor")
+        imports += "\nimport pl_layer_rotation"
     code = FIT.format(imports=imports, namespace=namespace, fit=fit)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=False)
 
 
 @pytest.mark.parametrize("modules", ORDERS, ids=" before ".join)
 def test_a_trainer_takes_monitor_and_optimizer(modules: tuple[str, str]) -> None:
-    done = run(modules, "with_trainer")
+    done = run(modules, "with_trainer", monitor_at_once=True)
     assert done.stdout.splitlines()[-1:] == [CURVE], done.stderr
 
 
-@pytest.mark.parametrize("modules", ORDERS[:3], ids=" before ".join)
+@pytest.mark.parametrize("modules", ORDERS, ids=" before ".join)
 def test_a_cli_takes_monitor_and_optimizer(modules: tuple[str, str]) -> None:
-    done = run(modules, "with_cli")
+    done = run(modules, "with_cli", monitor_at_once=False)
     assert done.stdout.splitlines()[-1:] == [CURVE], done.stderr
 
 
 def test_the_cli_of_the_other_namespace_refuses_a_monitor_that_was_imported_before_it() -> None:
-    done = run(ORDERS[3], "with_cli")
+    done = run(ORDERS[3], "with_cli", monitor_at_once=True)
     assert done.returncode == 2
     assert "Import path does not correspond to a subclass of Callback" in done.stderr
