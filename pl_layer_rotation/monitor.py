@@ -70,7 +70,7 @@ class LayerRotationMonitor(CallbackBase):
 
     Limits: strategies that start processes of their own (``ddp_spawn``, ``ddp_notebook``) leave ``history`` in them,
     the files remain. Of two monitors in one trainer the later one's files and aggregates count. LightningCLI of
-    ``lightning.pytorch`` wants that package imported before this one. Aggregates of the angular update exist from the
+    ``lightning.pytorch`` wants that package imported before this class. Aggregates of the angular update exist from the
     first reading on only.
 
     Args:
