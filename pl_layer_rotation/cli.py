@@ -91,8 +91,8 @@ def compare(runs: Sequence[Path], output: Path, metric: str | None, mode: Litera
     """Lay 2 to 200 runs over each other on one HTML page.
 
     Curves, rotation by layer, rotation and straightness against the metric that the runs are judged by (with Spearman's
-    rank correlation), and the settings that differ. The metric is one of those that the run had logged at its end;
-    names with acc, f1 or auc count as better when larger, names with loss or err when smaller.
+    rank correlation), and the settings that differ. The metric is one of those that the run had logged at its end; a
+    name with a word such as acc, f1 or auc counts as better when larger, one with loss or err when smaller.
 
     \b
     Examples:

@@ -70,7 +70,8 @@ def render_comparison(
         A complete HTML document with plotly.js, figures and tables inside.
 
     Raises:
-        ValueError: If there are fewer than two runs, no run has the metric, or its name does not say what is better.
+        ValueError: If there are fewer than two runs, no run has the metric, its name does not say what is better, or
+            there is no such mode.
 
     Example::
 
