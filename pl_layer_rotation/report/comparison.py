@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
 from pl_layer_rotation.report.measures import FOR_RULES, Measures, number, rank_correlation, read_straightness, union
+from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.text import count, listed, three_digits
 
 Mode = Literal["min", "max"]
@@ -104,6 +105,7 @@ def compare(
         mode: whether larger (``"max"``) or smaller (``"min"``) is better; by default read from the metric's name.
 
     Raises:
+        TypeError: If ``histories`` is no mapping from text to histories.
         ValueError: If no run has the metric, its name does not say which direction is better, or there is no such mode.
 
     Example::
@@ -115,6 +117,7 @@ def compare(
         [1, 0]
 
     """
+    histories = named_runs(histories)
     metrics = [_metrics(history.facts) for history in histories.values()]
     chosen, direction = judged_by(histories, metric, mode)
     settings = [_settings(history.facts) for history in histories.values()]
@@ -148,6 +151,7 @@ def judged_by(
         Name and direction; None for both where no two runs have a metric whose name says what is better.
 
     Raises:
+        TypeError: If ``histories`` is no mapping from text to histories.
         ValueError: If no run has the metric, its name does not say which direction is better, or there is no such mode.
 
     Example::
@@ -159,7 +163,7 @@ def judged_by(
     """
     if mode not in (None, "min", "max"):
         raise ValueError(f"`mode` must be 'min', 'max' or None, got {mode!r}. None reads it from the metric's name.")
-    metrics = [_metrics(history.facts) for history in histories.values()]
+    metrics = [_metrics(history.facts) for history in named_runs(histories).values()]
     if metric is None:
         metric = _chosen(metrics)
     elif not any(metric in own for own in metrics):
