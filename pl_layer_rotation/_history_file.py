@@ -30,8 +30,17 @@ def write(path: str | os.PathLike[str], header: Mapping[str, Any], rows: Sequenc
 
 
 def add_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
-    """Add a reading to the end of a file."""
+    """Add a reading to the end of a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file: a new one would have no header.
+
+    """
     line = encode(row) + "\n"
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"`path` must be a file that `save` wrote, got {os.fspath(path)}, which does not exist. Call `save` first."
+        )
     with open(path, "a", encoding="utf-8", newline="\n") as stream:
         stream.write(line)
 

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +22,16 @@ def checked_layers(
     """Names and shapes of the layers as lists; ``()`` for all shapes where there are none.
 
     Raises:
+        TypeError: If the names are no sequence of texts.
         ValueError: If a name stands twice, or names and shapes differ in number.
 
     """
+    # A text is a sequence of texts too, of one layer a letter.
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"`layer_names` must be a list of names, got {names!r}. Pass [name, …].")
     layer_names = list(names)
+    if others := [name for name in layer_names if not isinstance(name, str)]:
+        raise TypeError(f"`layer_names` must be text, got {others[0]!r}. Pass str(name) for each.")
     given: Sequence[Sequence[int]] = [()] * len(layer_names) if shapes is None else shapes
     layer_shapes = [tuple(int(n) for n in shape) for shape in given]
     duplicates = [name for name, count in Counter(layer_names).items() if count > 1]

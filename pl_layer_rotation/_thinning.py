@@ -1,5 +1,6 @@
 """Which readings of a long training are kept."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,15 @@ class Thinning:
         readings: those that were counted in all.
 
     Raises:
-        ValueError: If ``most`` is smaller than 2.
+        TypeError: If ``most`` is no integer.
+        ValueError: If it is smaller than 2.
 
     """
 
     def __init__(self, most: int) -> None:
+        if isinstance(most, bool) or not hasattr(most, "__index__"):
+            raise TypeError(f"`readings` must be an integer of at least 2, got {most!r}. Round it.")
+        most = operator.index(most)
         if most < 2:
             raise ValueError(f"`readings` must be at least 2, for the first and the last, got {most}.")
         self.most, self.every = most, 1

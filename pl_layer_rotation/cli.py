@@ -91,8 +91,8 @@ def compare(runs: Sequence[Path], output: Path, metric: str | None, mode: Litera
     """Lay 2 to 200 runs over each other on one HTML page.
 
     Curves, rotation by layer, rotation and straightness against the metric that the runs are judged by (with Spearman's
-    rank correlation), and the settings that differ. The metric is one of those that the run had logged at its end;
-    names with acc, f1 or auc count as better when larger, names with loss or err when smaller.
+    rank correlation), and the settings that differ. The metric is one of those that the run had logged at its end; a
+    name with a word such as acc, f1 or auc counts as better when larger, one with loss or err when smaller.
 
     \b
     Examples:
@@ -137,8 +137,13 @@ def show(runs: Sequence[Path]) -> None:
 
 @main.command()
 @click.argument("project", metavar="ENTITY/PROJECT")
+@click.option(
+    "--metric", metavar="KEY", default="val_loss", show_default=True,
+    help="Logged key of the metric that runs are judged by; rotation and straightness are drawn against it.",
+)  # fmt: skip
+@click.option("--prefix", metavar="TEXT", default="", help="The prefix of the runs' WandbLogger, where it has one.")
 @click.option("--dry-run", is_flag=True, help="Print the workspace as JSON and send nothing; needs no account.")
-def workspace(project: str, dry_run: bool) -> None:
+def workspace(project: str, metric: str, prefix: str, dry_run: bool) -> None:
     """Save a workspace for layer rotation in a project on W&B, and print its address.
 
     Needs the extra: pip install "pl-layer-rotation[workspace]"
@@ -146,6 +151,7 @@ def workspace(project: str, dry_run: bool) -> None:
     \b
     Examples:
       pl-layer-rotation workspace my-team/my-project
+      pl-layer-rotation workspace my-team/my-project --metric val_acc
       pl-layer-rotation workspace my-team/my-project --dry-run
     """  # noqa: D301
     from pl_layer_rotation.report.workspace import entity_and_project, save_workspace, workspace_json
@@ -155,7 +161,7 @@ def workspace(project: str, dry_run: bool) -> None:
     except ValueError as error:
         raise click.UsageError(printable(str(error))) from error
     try:
-        made = workspace_json(entity, name) if dry_run else save_workspace(entity, name)
+        made = (workspace_json if dry_run else save_workspace)(entity, name, metric, prefix)
     except ModuleNotFoundError as error:
         mend = 'Run: pip install "pl-layer-rotation[workspace]"'
         raise click.ClickException(f"the workspace needs wandb-workspaces. {mend}") from error

@@ -3,23 +3,17 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from pl_layer_rotation import _history_file, _history_rows
+from pl_layer_rotation import _history_facts, _history_file, _history_rows
 from pl_layer_rotation._history_rows import Row
+from pl_layer_rotation._history_views import HistoryViews
 from pl_layer_rotation._thinning import Thinning
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
-    from pl_layer_rotation.report.findings import Finding
-    from pl_layer_rotation.report.suggestion import RateSuggestion
-
-
-class RotationHistory:
+class RotationHistory(HistoryViews):
     """Values by step and layer, with the facts of the run that they come from.
 
     A history is plain data: it knows no trainer and no module, pickles, and goes into a checkpoint as the dictionary
@@ -27,15 +21,25 @@ class RotationHistory:
     :class:`~pl_layer_rotation.LayerRotationMonitor` records are
 
     - ``rotation``: cosine distance between a layer's weights and their reference, 0 … 2;
-    - ``angular_update``: angle by which the last optimizer step turned the layer, in radians;
-    - ``norm_ratio``: norm of the weights over the norm of the reference.
+    - ``norm_ratio``: norm of the weights over the norm of the reference;
+    - ``angular_update``: angle by which the optimizer step of the reading turned the layer, in radians;
+    - ``straightness``: how the way from the reference compares with a random walk of the same steps, which has 1;
+    - ``path``: sum of the angles of all steps so far, in radians;
+    - ``path_square``: sum of their squares, in radians²;
+    - ``peak``: largest of these angles, in radians;
+    - ``peak_step``: optimizer steps done when it was read;
+    - ``requested_angle``: angle that Layca's learning rate asked for in that step, in radians.
+
+    Where no angles are read there are the first two alone; without the fact ``momentum`` there is no ``straightness``.
 
     Args:
         layer_names: names of the layers in depth order, each once.
         layer_shapes: shape of each layer's weights; ``()`` where unknown.
-        facts: what else is known of the run (optimizer, learning rate, devices, …); values that JSON can hold.
+        facts: what else is known of the run (optimizer, learning rate, devices, …): numbers, text, None, lists and
+            mappings. Scalars of NumPy and torch become numbers, paths text.
 
     Raises:
+        TypeError: If the names are no sequence of texts.
         ValueError: If a name stands twice, or names and shapes differ in number.
 
     Example::
@@ -60,7 +64,7 @@ class RotationHistory:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.layer_names, self.layer_shapes = _history_rows.checked_layers(layer_names, layer_shapes)
-        self.facts: dict[str, Any] = dict(facts or {})
+        self.facts: dict[str, Any] = _history_facts.plain(facts or {})
         self.steps: list[int] = []
         self._rows: list[Row] = []
         self._thinning: Thinning | None = None
@@ -70,12 +74,6 @@ class RotationHistory:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.layer_names)} layers, {len(self)} readings)"
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows (see ``pl_layer_rotation.report.notebook``)."""
-        from pl_layer_rotation.report.notebook import notebook_html
-
-        return notebook_html(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RotationHistory):
@@ -100,6 +98,13 @@ class RotationHistory:
         Raises:
             ValueError: If ``step`` does not follow the last one, or a quantity has another length.
 
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(10, rotation=[0.01, 0.02], norm_ratio=[1.0, float("nan")])
+            >>> history
+            RotationHistory(2 layers, 1 readings)
+
         """
         step = _history_rows.checked_step(step, self.steps)
         row = _history_rows.checked_row(quantities, len(self.layer_names))
@@ -112,11 +117,14 @@ class RotationHistory:
     def keep_at_most(self, readings: int) -> None:
         """Bound the memory: of more readings than this, keep every second, then every fourth, and so on, and the last.
 
+        A file holds the kept readings alone: a history that was loaded has no bound, and counts those as ``readings``.
+
         Args:
             readings: the bound.
 
         Raises:
-            ValueError: If the bound is smaller than 2.
+            TypeError: If the bound is no integer.
+            ValueError: If it is smaller than 2.
 
         Example::
 
@@ -176,6 +184,13 @@ class RotationHistory:
         Raises:
             ValueError: If there are readings and none of them holds this quantity.
 
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(10, rotation=[0.25, 0.5])
+            >>> history.values("rotation")
+            tensor([[0.2500, 0.5000]], dtype=torch.float64)
+
         """
         return _history_rows.stacked(self._rows, quantity, len(self.layer_names))
 
@@ -234,14 +249,22 @@ class RotationHistory:
             ``layers`` (name and shape of each), ``facts``, ``rows`` (step and values of each reading), and ``thinning``
             where :meth:`keep_at_most` was called.
 
+        Example::
+
+            >>> history = RotationHistory(["fc"], [(2, 8)], {"lr": 0.1})
+            >>> history.append(10, rotation=[0.2])
+            >>> history.state_dict()["layers"], history.state_dict()["rows"]
+            ([{'name': 'fc', 'shape': [2, 8]}], [{'step': 10, 'rotation': [0.2]}])
+
         """
         thinning = {} if self._thinning is None else {"thinning": self._thinning.state_dict()}
-        return {**self._content(), **thinning}
+        # A fact that no file can hold must not end a training that writes a checkpoint.
+        return {**self._content(_history_facts.plain(self.facts)), **thinning}
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return {
             "layers": [{"name": n, "shape": list(s)} for n, s in zip(self.layer_names, self.layer_shapes, strict=True)],
-            "facts": copy.deepcopy(self.facts),
+            "facts": _history_facts.strictly_plain(self.facts) if facts is None else facts,
             "rows": [{"step": step, **row} for step, row in zip(self.steps, self._rows, strict=True)],
         }
 
@@ -263,10 +286,7 @@ class RotationHistory:
 
             >>> history = RotationHistory(["fc"])
             >>> history.append(10, rotation=[0.2])
-            >>> state = history.state_dict()
-            >>> state["rows"]
-            [{'step': 10, 'rotation': [0.2]}]
-            >>> RotationHistory.from_state_dict(state) == history
+            >>> RotationHistory.from_state_dict(history.state_dict()) == history
             True
 
         """
@@ -281,8 +301,13 @@ class RotationHistory:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the history as JSON Lines: a header, then one line a reading. The file appears whole or not at all.
 
+        Of a history that :meth:`keep_at_most` bounds it holds the kept readings, and not the bound.
+
         Args:
             path: the file; its folder is made if it does not exist.
+
+        Raises:
+            ValueError: If a fact is none of numbers, text, None, lists and mappings, with its name.
 
         Example::
 
@@ -311,6 +336,7 @@ class RotationHistory:
             path: the file; it must hold the readings before the last, of the same layers.
 
         Raises:
+            FileNotFoundError: If there is no such file.
             IndexError: If there is no reading.
 
         """
@@ -329,69 +355,16 @@ class RotationHistory:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is none of ours, was damaged, or comes from a newer version of the package.
 
-        """
-        return _history_file.read(path, cls.from_state_dict)
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """The readings as a tidy table: one row for each step, layer and quantity that has a value.
-
-        Returns:
-            Columns ``step``, ``layer``, ``depth``, ``quantity`` and ``value``.
-
-        Raises:
-            ModuleNotFoundError: If pandas is not installed.
-
-        """
-        return _history_rows.frame(self.steps, self._rows, self.layer_names)
-
-    def figure(self, quantity: str = "rotation") -> "go.Figure":
-        """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``).
-
-        Args:
-            quantity: one that the monitor records, or another of :attr:`quantities`.
-
-        Returns:
-            One line a layer over the optimizer steps, in depth order, and dotted ones to compare with.
-
-        Raises:
-            ValueError: If the quantity is neither.
-
-        """
-        from pl_layer_rotation.report.figures import curves
-
-        return curves(self, quantity)
-
-    def findings(self) -> "list[Finding]":
-        """What the curves say in plain words, most urgent first (see ``pl_layer_rotation.report.findings``).
-
-        Returns:
-            A record for each finding, with its sentence, layers and numbers; none where no rule fires.
-
         Example::
 
-            >>> history = RotationHistory(["conv", "fc"])
-            >>> history.append(100, rotation=[0.1, 0.0], norm_ratio=[1.1, 1.0])
-            >>> [(finding.code, finding.layers) for finding in history.findings()]
-            [('A', ('fc',))]
+            >>> import tempfile, pathlib
+            >>> history = RotationHistory(["fc"], facts={"lr": 0.1})
+            >>> history.append(1, rotation=[0.25])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     history.save(pathlib.Path(folder, "run.jsonl"))
+            ...     loaded = RotationHistory.load(pathlib.Path(folder, "run.jsonl"))
+            >>> loaded.facts, loaded.final()
+            ({'lr': 0.1}, {'fc': 0.25})
 
         """
-        from pl_layer_rotation.report.findings import findings
-
-        return findings(self)
-
-    def suggest_lr(self, *others: "RotationHistory") -> "RateSuggestion":
-        """The learning rate to try next, from how straight the layers moved (how well that does: ``docs/tuning.md``).
-
-        Args:
-            *others: histories of runs that differ in the learning rate alone, each stopped after the same steps.
-
-        Returns:
-            The suggestion; NaN with the reason in its ``sentence`` where straightness says nothing.
-
-        Raises:
-            ValueError: If the runs are not equally long.
-
-        """
-        from pl_layer_rotation.report.suggestion import suggest_lr
-
-        return suggest_lr(self, *others)
+        return _history_file.read(path, cls.from_state_dict)

@@ -277,8 +277,22 @@ def test_workspace_is_saved_or_only_printed(call: Any, monkeypatch: pytest.Monke
     assert (dry.code, dry.out) == (0, workspace.workspace_json("me", "rotation") + "\n")
     assert json.loads(dry.out)["displayName"] == "Layer rotation"
     # Saving needs a server: tests/report/test_workspace.py has one.
-    monkeypatch.setattr(workspace, "save_workspace", lambda entity, project: f"https://wandb.ai/{entity}/{project}")
-    assert call("workspace", "me/rotation") == (0, "https://wandb.ai/me/rotation\n", "")
+    monkeypatch.setattr(workspace, "save_workspace", lambda *given: f"https://wandb.ai/{given}")
+    assert call("workspace", "me/rotation") == (0, "https://wandb.ai/('me', 'rotation', 'val_loss', '')\n", "")
+
+
+def test_workspace_draws_against_the_metric_and_finds_the_keys_of_the_prefix(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--metric", "val/acc", "--prefix", "exp")
+    dry = call("workspace", "me/rotation", *options, "--dry-run")
+    assert dry == (0, workspace.workspace_json("me", "rotation", metric="val/acc", prefix="exp") + "\n", "")
+    assert "Mean rotation and val/acc" in dry.out
+    assert "val_loss" not in dry.out
+    assert "exp-layer_rotation_stats/mean" in dry.out
+    monkeypatch.setattr(workspace, "save_workspace", lambda *given: str(given))
+    assert call("workspace", "me/rotation", *options).out == "('me', 'rotation', 'val/acc', 'exp')\n"
+    assert "[default: val_loss]" in call("workspace", "--help").out
 
 
 @pytest.mark.parametrize(
@@ -296,7 +310,7 @@ def test_workspace_is_saved_or_only_printed(call: Any, monkeypatch: pytest.Monke
 def test_workspace_that_cannot_be_saved(
     error: Exception, message: str, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(entity: str, project: str) -> str:
+    def fail(*given: str) -> str:
         raise error
 
     monkeypatch.setattr(workspace, "save_workspace", fail)

@@ -6,7 +6,10 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from histories import INF, NAN, assert_values, recorded
@@ -80,6 +83,47 @@ def test_layer_names_must_be_unique() -> None:
     text = "`layer_names` must be unique, got ['a', 'c'] more than once. Rename these layers."
     with pytest.raises(ValueError, match=re.escape(text)):
         RotationHistory(["a", "b", "a", "c", "c", "c"])
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("fc", "`layer_names` must be a list of names, got 'fc'. Pass [name, …]."),
+        (2, "`layer_names` must be a list of names, got 2. Pass [name, …]."),
+        (None, "`layer_names` must be a list of names, got None. Pass [name, …]."),
+        (["a", 1], "`layer_names` must be text, got 1. Pass str(name) for each."),
+        (b"fc", "`layer_names` must be text, got 102. Pass str(name) for each."),
+    ],
+    ids=repr,
+)
+def test_layer_names_must_be_several_texts(names: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(text)):
+        RotationHistory(names)
+    assert RotationHistory(dict.fromkeys(["a", "b"]).keys()).layer_names == ["a", "b"]
+
+
+def test_scalars_of_other_libraries_become_numbers_and_paths_text() -> None:
+    facts = {
+        "lr": np.float32(0.5),
+        "betas": (torch.tensor(0.5), np.float64(0.25)),
+        "net": {"depth": np.int64(3), "wide": np.bool_(True), "gain": torch.ones(1, 1, dtype=torch.bfloat16)},
+        "data": [Path("a") / "b", np.array([7])],
+    }
+    plain = {
+        "lr": 0.5,
+        "betas": (0.5, 0.25),
+        "net": {"depth": 3, "wide": True, "gain": 1.0},
+        "data": [str(Path("a") / "b"), 7],
+    }
+    added_later = RotationHistory(["fc"])
+    added_later.facts.update(facts)
+    for history in (RotationHistory(["fc"], facts=facts), added_later):
+        assert repr(history.state_dict()["facts"]) == repr(plain)
+        assert history == RotationHistory(["fc"], facts=plain)
+        with io.BytesIO() as file:
+            torch.save(history.state_dict(), file)
+            file.seek(0)
+            assert torch.load(file, weights_only=True)["facts"] == plain
 
 
 @pytest.mark.parametrize("shapes", [[], [(2, 2)] * 3], ids=["none", "too many"])

@@ -7,8 +7,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from histories import HOSTILE_NAMES, INF, NAN, assert_values, recorded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +81,40 @@ def test_names_with_unicode_line_ends_survive_a_file(name: str, tmp_path: Path) 
 def test_facts_that_are_not_finite_survive_a_file(value: float, tmp_path: Path) -> None:
     history = RotationHistory(["head"], facts={"metrics": {"val_loss": value}})
     assert repr(reloaded(history, tmp_path).facts) == repr(history.facts)
+
+
+def test_scalars_and_paths_among_the_facts_are_saved_as_numbers_and_text(tmp_path: Path) -> None:
+    history = RotationHistory(["head"], facts={"lr": np.float32(0.5)})
+    history.facts |= {"seed": torch.tensor(7), "data": Path("sets")}
+    found = reloaded(history, tmp_path)
+    assert repr(found.facts) == "{'lr': 0.5, 'seed': 7, 'data': 'sets'}"
+    assert found == history
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        ({"tags": {"a"}}, "set in 'tags'"),
+        ({"net": {"sizes": [1, np.arange(2)]}}, "ndarray in 'net.sizes'"),
+        ({"w": torch.ones(2)}, "Tensor in 'w'"),
+        ({"z": np.complex64(1)}, "complex in 'z'"),
+        ({"net": {("a", "b"): 1}}, "a key of type tuple in 'net'"),
+        ({"model": RotationHistory([])}, "RotationHistory in 'model'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fact_that_no_file_can_hold_is_named_and_the_old_file_stays(
+    facts: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    history = RotationHistory(["head"])
+    history.save(tmp_path / "run.jsonl")
+    history.facts |= facts
+    text = f"`facts` must hold numbers, text, None, lists and mappings, got {what}. Convert it, or leave it out."
+    for use in (lambda: history.save(tmp_path / "run.jsonl"), lambda: history == RotationHistory(["head"])):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            use()
+    assert RotationHistory.load(tmp_path / "run.jsonl").facts == {}
+    assert list(history.state_dict()["facts"]) == list(facts)  # a checkpoint is still written
 
 
 def test_a_history_without_layers_or_readings_survives_a_file(tmp_path: Path) -> None:
@@ -174,6 +211,24 @@ def test_readings_added_one_by_one_make_the_same_file(tmp_path: Path) -> None:
         history.save_last_row(tmp_path / "grown.jsonl")
     history.save(tmp_path / "whole.jsonl")
     assert (tmp_path / "grown.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_reading_cannot_be_added_to_a_file_that_is_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    text = f"`path` must be a file that `save` wrote, got {file}, which does not exist. Call `save` first."
+    with pytest.raises(FileNotFoundError, match=re.escape(text)):
+        recorded().save_last_row(file)
+    assert not file.exists()
+
+
+def test_a_file_holds_the_kept_readings_and_no_bound(tmp_path: Path) -> None:
+    history = RotationHistory(["fc"])
+    history.keep_at_most(4)
+    for step in range(10, 100, 10):
+        history.append(step, rotation=[step / 1000])
+    found = reloaded(history, tmp_path)
+    assert (history.readings, history.thinned_to) == (9, 4)
+    assert (found.steps, found.readings, found.thinned_to) == ([10, 50, 90], 3, 1)
 
 
 def test_a_file_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:

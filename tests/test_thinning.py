@@ -1,7 +1,9 @@
 """Which readings of a long history are kept."""
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,3 +64,13 @@ def test_other_layers_are_thinned_on() -> None:
 def test_a_bound_without_room_for_first_and_last_is_refused() -> None:
     with pytest.raises(ValueError, match="`readings` must be at least 2, for the first and the last, got 1"):
         RotationHistory(["fc"]).keep_at_most(1)
+
+
+@pytest.mark.parametrize("bound", [2.5, float("nan"), 4.0, True, "4", None], ids=repr)
+def test_the_bound_must_be_an_integer_and_a_wrong_one_changes_nothing(bound: Any) -> None:
+    made = history(5, 10)
+    with pytest.raises(TypeError, match=rf"^`readings` must be an integer of at least 2, got {bound!r}\. Round it\.$"):
+        made.keep_at_most(bound)
+    assert made.steps == history(5, 10).steps
+    made.keep_at_most(np.int64(2))
+    assert (made.steps, made.state_dict()["thinning"]["most"]) == ([1, 5], 2)

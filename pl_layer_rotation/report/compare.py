@@ -25,6 +25,7 @@ from pl_layer_rotation.report.compare_figures import (
 from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quantity, compare, correlation, headline
 from pl_layer_rotation.report.figures import depth_colors
 from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
+from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.text import MISSING, fact_text, listed, measure_text, three_digits
 
@@ -70,7 +71,9 @@ def render_comparison(
         A complete HTML document with plotly.js, figures and tables inside.
 
     Raises:
-        ValueError: If there are fewer than two runs, no run has the metric, or its name does not say what is better.
+        TypeError: If ``histories`` is no mapping from text to histories.
+        ValueError: If there are fewer than two runs, no run has the metric, its name does not say what is better, there
+            is no such mode, or a fact of a run is none of numbers, text, None, lists and mappings.
 
     Example::
 
@@ -81,6 +84,7 @@ def render_comparison(
         True
 
     """
+    histories = named_runs(histories)
     if len(histories) < 2:
         raise ValueError(f"`histories` must hold two runs at least, got {len(histories)}. Pass {{name: history, …}}.")
     comparison = compare(histories, metric, mode)
@@ -137,7 +141,18 @@ def write_comparison(
         mode: whether a larger or a smaller value of it is better.
 
     Raises:
+        TypeError: As :func:`render_comparison`.
         ValueError: As :func:`render_comparison`.
+
+    Example::
+
+        >>> import tempfile, pathlib
+        >>> runs = {"slow": RotationHistory(["fc"]), "fast": RotationHistory(["fc"])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "runs.html")
+        ...     write_comparison(file, runs)
+        ...     "<title>Layer rotation: 2 runs compared</title>" in file.read_text(encoding="utf-8")
+        True
 
     """
     write_text(path, render_comparison(histories, metric, mode))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
 from pl_layer_rotation.report.measures import FOR_RULES, Measures, number, rank_correlation, read_straightness, union
+from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.text import count, listed, three_digits
 
 Mode = Literal["min", "max"]
@@ -17,8 +18,17 @@ Quantity = Literal["mean", "straightness"]
 
 FEWEST = 4  # runs from which a rank correlation says anything at all
 
-_LARGER_IS_BETTER = re.compile(r"acc|f1|auc|auroc|precision|recall|iou|dice|bleu|r2", re.IGNORECASE)
-_SMALLER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|mse|mae|rmse", re.IGNORECASE)
+# Whole words of a metric's name. A few are often written together with another one: valacc, crossentropyloss.
+_WHERE = "(?:train|valid|validation|val|test|dev|eval|mean|avg)?"
+_LARGER_IS_BETTER = re.compile(
+    rf"{_WHERE}(?:b?acc|(?:macro|micro|weighted)?f1|(?:roc|pr)?auc|auroc|auprc|precision|recall|[mgd]?iou|jaccard|dice"
+    r"|(?:sacre)?bleu|r2|m?ap|top\d+)|\w*accuracy"
+)
+_SMALLER_IS_BETTER = re.compile(
+    rf"{_WHERE}(?:errs?|errors?|loss(?:es)?|ppl|nll|n?r?mse|n?mae|s?mape|r?msle)|\w*(?:loss|error|perplexity)"
+)
+# Words end at whatever is no letter, and where capitals start: MulticlassF1Score, valAcc. Digits stay with their word.
+_WORD = re.compile(r"(?:[mMgGdD]?IoU|mAP|[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+)\d*")
 _VALIDATION = re.compile(r"(?<![A-Za-z])(?i:val|valid|validation|eval|dev)(?![a-z])")
 _NO_SETTINGS = FOR_RULES | {"metrics", "median_straightness"}
 
@@ -92,10 +102,11 @@ def compare(
     Args:
         histories: one history a run, under the name that readers see.
         metric: name in ``facts["metrics"]``; by default the one that most runs have, validation and accuracy first.
-        mode: whether larger is better; by default read from the metric's name.
+        mode: whether larger (``"max"``) or smaller (``"min"``) is better; by default read from the metric's name.
 
     Raises:
-        ValueError: If no run has the metric, or its name does not say which direction is better.
+        TypeError: If ``histories`` is no mapping from text to histories.
+        ValueError: If no run has the metric, its name does not say which direction is better, or there is no such mode.
 
     Example::
 
@@ -106,6 +117,7 @@ def compare(
         [1, 0]
 
     """
+    histories = named_runs(histories)
     metrics = [_metrics(history.facts) for history in histories.values()]
     chosen, direction = judged_by(histories, metric, mode)
     settings = [_settings(history.facts) for history in histories.values()]
@@ -133,13 +145,14 @@ def judged_by(
     Args:
         histories: one history a run.
         metric: name in ``facts["metrics"]``; by default the one that most runs have, validation and accuracy first.
-        mode: whether larger is better; by default read from the metric's name.
+        mode: whether larger (``"max"``) or smaller (``"min"``) is better; by default read from the metric's name.
 
     Returns:
         Name and direction; None for both where no two runs have a metric whose name says what is better.
 
     Raises:
-        ValueError: If no run has the metric, or its name does not say which direction is better.
+        TypeError: If ``histories`` is no mapping from text to histories.
+        ValueError: If no run has the metric, its name does not say which direction is better, or there is no such mode.
 
     Example::
 
@@ -148,7 +161,9 @@ def judged_by(
         ('val_loss', 'min')
 
     """
-    metrics = [_metrics(history.facts) for history in histories.values()]
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"`mode` must be 'min', 'max' or None, got {mode!r}. None reads it from the metric's name.")
+    metrics = [_metrics(history.facts) for history in named_runs(histories).values()]
     if metric is None:
         metric = _chosen(metrics)
     elif not any(metric in own for own in metrics):
@@ -265,9 +280,12 @@ def _chosen(metrics: Sequence[Mapping[str, float]]) -> str | None:
 def _direction(metric: str | None) -> Mode | None:
     if metric is None:
         return None
-    if _SMALLER_IS_BETTER.search(metric):
+    found = [word.lower() for word in _WORD.findall(metric)]
+    # As they stand (r2, top5) and without a number behind them (acc1).
+    words = [form for word in found for form in (word, word.rstrip("0123456789"))]
+    if any(map(_SMALLER_IS_BETTER.fullmatch, words)):
         return "min"
-    return "max" if _LARGER_IS_BETTER.search(metric) else None
+    return "max" if any(map(_LARGER_IS_BETTER.fullmatch, words)) else None
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.equilibrium import last_part, predicted_equilibrium
 from pl_layer_rotation.report.measures import FEWEST_READINGS, Measures, rank_correlation, read_straightness
+from pl_layer_rotation.report.named_runs import check_history
 from pl_layer_rotation.report.suggestion import is_whole, rate_factor
 from pl_layer_rotation.report.text import between, listed, two_digits
 
@@ -70,6 +71,9 @@ def findings(history: RotationHistory) -> list[Finding]:
     Args:
         history: the recorded curves.
 
+    Raises:
+        TypeError: If it is no history.
+
     Example::
 
         >>> history = RotationHistory(["conv", "fc"])
@@ -79,6 +83,7 @@ def findings(history: RotationHistory) -> list[Finding]:
         `fc` did not turn at all: its weights never changed. Frozen, missing from the optimizer, or without gradient.
 
     """
+    check_history(history)
     if not history.steps or not history.layer_names:
         return []
     run = Measures(history)

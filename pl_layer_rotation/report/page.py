@@ -21,6 +21,7 @@ from pl_layer_rotation.report.figures import (
 )
 from pl_layer_rotation.report.findings import finding_lines
 from pl_layer_rotation.report.measures import FOR_RULES, union
+from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
 from pl_layer_rotation.report.text import fact_text, measure_text, origin, shape_text
@@ -82,7 +83,8 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         A complete HTML document with plotly.js (2.0 MB, compressed), figures and tables inside.
 
     Raises:
-        ValueError: If there is no run.
+        TypeError: If ``histories`` is no mapping from text to histories.
+        ValueError: If there is no run, or a fact of one is none of numbers, text, None, lists and mappings.
 
     Example::
 
@@ -93,6 +95,7 @@ def render_page(histories: Mapping[str, RotationHistory]) -> str:
         True
 
     """
+    histories = named_runs(histories)
     if not histories:
         raise ValueError("`histories` must hold at least one run, got none. Pass {name: history}.")
     runs = [_run(name, history) for name, history in histories.items()]
@@ -123,7 +126,8 @@ def write_page(path: str | os.PathLike[str], histories: Mapping[str, RotationHis
         histories: one history a run, under the name that readers see.
 
     Raises:
-        ValueError: If there is no run.
+        TypeError: If ``histories`` is no mapping from text to histories.
+        ValueError: If there is no run, or a fact of one is none of numbers, text, None, lists and mappings.
 
     Example::
 

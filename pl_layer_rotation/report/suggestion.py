@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.measures import EARLIEST, FEWEST_READINGS, Measures, median_straightness, number
+from pl_layer_rotation.report.named_runs import check_history
 from pl_layer_rotation.report.text import two_digits
 
 # best rate = rate × factor × straightness^exponent, above a threshold; fitted on seven small tasks.
@@ -61,6 +62,7 @@ def suggest_lr(history: RotationHistory, *others: RotationHistory) -> RateSugges
         The suggestion; NaN with the reason in ``sentence`` where straightness says nothing.
 
     Raises:
+        TypeError: If one of the arguments is no history.
         ValueError: If the runs are not equally long.
 
     Example::
@@ -77,6 +79,9 @@ def suggest_lr(history: RotationHistory, *others: RotationHistory) -> RateSugges
         6.1
 
     """
+    check_history(history)
+    for other in others:
+        check_history(other, "others")
     return _from_valley([history, *others]) if others else _from_one(history)
 
 

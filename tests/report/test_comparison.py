@@ -2,6 +2,8 @@
 
 import math
 import random
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from histories import history_of
 from scipy.stats import spearmanr
 
 from pl_layer_rotation import RotationHistory
+from pl_layer_rotation.report.compare import render_comparison, write_comparison
 from pl_layer_rotation.report.comparison import compare, correlation, headline, judged_by, spearman
 
 
@@ -68,6 +71,58 @@ def test_metric_and_direction_are_read_from_the_names(names: list[str], expected
     assert judged_by(runs_of(metrics, metrics)) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("val_acc", "val/acc", "accuracy", "val_accuracy", "valAcc", "val-acc", "acc1", "acc@5", "top5", "testacc"),
+        *("f1", "macro_f1", "valF1", "auc", "roc_auc", "auroc", "val_AUROC", "mAP", "val_mAP50", "val_map", "AP"),
+        *("IoU", "val_mIoU", "MeanIoU", "val_r2", "R2Score", "bleu4", "val_transferred_acc", "val_supplement_acc"),
+        *("BinaryAccuracy", "MulticlassF1Score", "BinaryAUROC", "MulticlassJaccardIndex", "SacreBLEUScore"),
+        *("MulticlassPrecision", "BinaryRecall", "MeanAveragePrecision", "DiceScore"),
+    ],
+)
+def test_words_that_mean_larger_is_better(name: str) -> None:
+    runs = runs_of({name: 0.5}, {name: 0.6})
+    assert judged_by(runs) == (name, "max")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loss", "val_loss", "train_loss", "valLoss", "val/loss", "loss_epoch", "loss2", "celoss", "l1_loss"),
+        *(
+            "error",
+            "err",
+            "top1_err",
+            "val_error",
+            "errors",
+            "mse",
+            "mae",
+            "valRMSE",
+            "rmse",
+            "ppl",
+            "perplexity",
+            "nll",
+        ),
+        *("MeanSquaredError", "WordErrorRate", "Perplexity", "HingeLoss", "acc_loss", "dice_loss", "MSELoss"),
+    ],
+)
+def test_words_that_mean_smaller_is_better(name: str) -> None:
+    runs = runs_of({name: 0.5}, {name: 0.6})
+    assert judged_by(runs) == (name, "min")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("val_layer2_norm", "val_accumulated_time", "val_decoder2_len", "transferred", "supplement", "accelerator"),
+        *("lossless_size", "terrain", "Interrupts", "caption", "top", "stop1", "f16", "epoch"),
+    ],
+)
+def test_parts_of_other_words_say_nothing(name: str) -> None:
+    assert judged_by(runs_of({name: 0.5}, {name: 0.6})) == (None, None)
+
+
 def test_metric_of_one_run_only_judges_nobody_unless_asked() -> None:
     runs = runs_of({"val_acc": 0.5}, {"val_loss": 0.5}, {"val_loss": "broken", "train_loss": True})
     assert judged_by(runs) == (None, None)
@@ -87,6 +142,17 @@ def test_direction_must_be_given_where_the_name_does_not_say() -> None:
     with pytest.raises(ValueError, match=message):
         compare(runs, "speed")
     assert compare(runs, "speed", "max").ranked() == [1, 0]
+
+
+@pytest.mark.parametrize("mode", ["MAX", "larger", True, ""], ids=repr)
+def test_mode_that_there_is_not_is_refused_by_all_who_take_it(mode: Any, tmp_path: Path) -> None:
+    runs = runs_of({"val_acc": 0.5}, {"val_acc": 0.75})
+    message = rf"^`mode` must be 'min', 'max' or None, got {mode!r}\. None reads it from the metric's name\.$"
+    for judge in (judged_by, compare, render_comparison, partial(write_comparison, tmp_path / "page.html")):
+        for histories in (runs, runs_of({}, {})):
+            with pytest.raises(ValueError, match=message):
+                judge(histories, mode=mode)
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranked_by_the_metric_and_runs_without_one_last() -> None:
