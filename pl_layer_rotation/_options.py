@@ -36,13 +36,15 @@ def as_groups(params: Iterable[Any], own: Mapping[str, Any], base_options: Mappi
         base_options: the base's options where a group has none.
 
     Raises:
-        TypeError: If a switch is neither True nor False.
+        TypeError: If a group is no dictionary, or a switch neither True nor False.
         ValueError: If an option is invalid, or a rotating group asks for weight decay.
 
     """
     groups = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
+    if not all(isinstance(group, dict) for group in groups):
+        raise TypeError("param_group must be a dict")  # as torch says it
     for group in groups:
         members = group["params"]
         group["params"] = members if isinstance(members, (Tensor, set)) else list(members)

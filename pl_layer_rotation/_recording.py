@@ -109,8 +109,14 @@ class Recording:
 
     def unknown(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layers whose angles no optimizer knows: they must be copied before a step that is read."""
-        self._requested = self._known.look(trainer, layers)
+        self._known.look(trainer, layers)
         return self._known.unknown(layers)
+
+    def before_step(self, trainer: "pl.Trainer", layers: Mapping[str, Tensor], copies: bool) -> None:
+        """Note the angles that rates ask for in a step that is read, and copy layers whose angles must be measured."""
+        self._requested = self._known.look(trainer, layers)
+        if copies:
+            self.measuring.copy(self._known.unknown(layers))
 
     def take_turned(self, trainer: "pl.Trainer", step: int) -> None:
         """Take the angles that optimizers know."""

@@ -179,6 +179,8 @@ class LayerRotationMonitor(CallbackBase):
         goes_on = same and self._recording.references.pieces and trainer.global_step == self._global_step > 0
         self._module, self._broken, self._step = weakref.ref(pl_module), False, stepped_batches(trainer)
         if self._restored is not None:
+            # The weights of an earlier fit are let go before those of the checkpoint are made.
+            self._recording = Recording(self._references(), self._attempt)
             self._recording = resumed(trainer, self._restored, self._references(), layers, self._attempt)
         elif not goes_on:
             if trainer.global_step > 0:
@@ -318,9 +320,7 @@ class LayerRotationMonitor(CallbackBase):
         self._recording.adopt(layers, self._step)
         if due:
             self._layers = layers
-            unknown = self._recording.unknown(trainer, layers)
-            if self._copies:
-                self._recording.measuring.copy(unknown)
+            self._recording.before_step(trainer, layers, self._copies)
 
     def _read(self, pl_module: "pl.LightningModule") -> None:
         layers = self._layers or select_layers(pl_module, self.include, self.exclude)

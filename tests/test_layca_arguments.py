@@ -181,3 +181,8 @@ def test_a_switch_is_no_text(options: dict[str, Any], message: str) -> None:
 def test_a_value_that_only_looks_right_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Layca([nn.Parameter(torch.ones(2, 3))], **options)
+
+
+def test_tensors_and_groups_are_not_mixed() -> None:
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        Layca([{"params": [nn.Parameter(torch.eye(2))]}, nn.Parameter(torch.eye(2))])

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pl_layer_rotation import Layca, LayerRotationMonitor, RotationHistory, _rec
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation import monitor as monitor_module
 from pl_layer_rotation._measuring import Measuring
+from pl_layer_rotation._reference import References
 
 pytestmark = STRATEGY_MARKS
 
@@ -304,3 +306,33 @@ def test_a_reference_that_cannot_be_read_is_named(content: bytes, tmp_path: Path
     file.write_bytes(content)
     with pytest.raises(MisconfigurationException, match=r"`reference` must be the path of weights .*pretrained\.ckpt'"):
         fit(LayerRotationMonitor(report=False, reference=file))
+
+
+def test_the_angle_of_a_rate_is_recorded_only_of_steps_that_were_looked_at() -> None:
+    """Not that of the rate at the start, which the schedule has left behind when the only reading is at the end."""
+
+    def warmed_up(module: pl.LightningModule) -> Any:
+        return layca_optimizers(module, lr=0.05, momentum=0.9, warmup_steps=4)
+
+    monitor = LayerRotationMonitor(report=False, angular_update=False, every_n_steps=100)
+    fit(monitor, Net(warmed_up))
+    assert (monitor.history.steps, "requested_angle" in monitor.history.quantities) == ([8], False)
+
+
+def test_a_resumed_fit_lets_go_of_the_weights_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor, module = LayerRotationMonitor(report=False), Net()
+    fit(monitor, module).save_checkpoint(tmp_path / "run.ckpt")
+    before = [weakref.ref(piece) for piece in monitor._recording.references.pieces.values()]
+    alive: list[int] = []
+    original = References.load_state_dict
+
+    def noting(*args: Any) -> None:
+        original(*args)
+        alive.append(sum(piece() is not None for piece in before))
+
+    monkeypatch.setattr(References, "load_state_dict", noting)
+    again = trainer(monitor, max_epochs=2)
+    again.fit(module, batches(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    assert (len(before), alive) == (2, [0])

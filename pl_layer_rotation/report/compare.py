@@ -27,7 +27,7 @@ from pl_layer_rotation.report.figures import depth_colors
 from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
 from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
-from pl_layer_rotation.report.text import MISSING, fact_text, listed, measure_text, three_digits
+from pl_layer_rotation.report.text import MISSING, fact_text, listed, measure_text, metric_text, three_digits
 
 _MOST_METRICS = 6  # beside the one that runs are judged by
 _QUANTITIES: tuple[tuple[Quantity, str], ...] = (("mean", "Mean rotation"), ("straightness", "Median straightness"))
@@ -227,7 +227,7 @@ def _table(comparison: Comparison, with_findings: bool) -> tuple[list[tuple[str,
                 *(_Cell(measure_text(value), _sortable(value)) for value in numbers),
                 *(_Cell(fact_text(values[i]), _sortable(values[i])) for values in comparison.varied.values()),
                 _Cell(f"{run.steps:,}", run.steps),
-                *(_Cell(measure_text(values[i]), _sortable(values[i])) for values in others.values()),
+                *(_Cell(metric_text(values[i]), _sortable(values[i])) for values in others.values()),
                 *([_Cell(said, None)] * with_findings),
             ]
         )

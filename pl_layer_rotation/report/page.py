@@ -24,7 +24,7 @@ from pl_layer_rotation.report.measures import FOR_RULES, union
 from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.sentences import captions, defined, headline, notes, straightness
-from pl_layer_rotation.report.text import fact_text, measure_text, origin, shape_text
+from pl_layer_rotation.report.text import fact_text, measure_text, metric_text, origin, shape_text
 
 # What the curves can show, and what their switch calls it.
 _VIEWS = {
@@ -210,7 +210,7 @@ def _compare(histories: Mapping[str, RotationHistory]) -> _Table:
             name,
             *map(fact_text, map(own.get, recipe)),
             *numbers.values(),
-            *map(measure_text, map(own_metrics.get, scores)),
+            *map(metric_text, map(own_metrics.get, scores)),
             *map(fact_text, map(own.get, others)),
         ]
         for name, own, numbers, own_metrics in zip(histories, facts, aggregates, metrics, strict=True)
@@ -262,7 +262,7 @@ def _fact_list(history: RotationHistory) -> list[tuple[str, str]]:
     shown = [*first, *(key for key in facts if key not in first)]
     return [
         *((_label(key), fact_text(facts[key])) for key in shown),
-        *((key, measure_text(value)) for key, value in _metrics(history.facts).items()),
+        *((key, metric_text(value)) for key, value in _metrics(history.facts).items()),
     ]
 
 

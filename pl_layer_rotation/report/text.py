@@ -26,17 +26,29 @@ def three_digits(value: float, missing: str = "-") -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.3g}".rstrip(".")
 
 
-def measure_text(value: Any) -> str:
-    """A measured value in a cell of a page; files can hold other things than numbers.
+def measure_text(value: float | None) -> str:
+    """A value that the monitor measured in a cell of a page, or a dash where there is none.
 
     Example::
 
-        >>> measure_text(0.98), measure_text(None)
-        ('0.980', '–')
+        >>> measure_text(0.98), measure_text(None), measure_text(math.nan)
+        ('0.980', '–', '–')
+
+    """  # noqa: RUF002
+    return MISSING if value is None else three_digits(value, MISSING)
+
+
+def metric_text(value: Any) -> str:
+    """A metric of the run in a cell of a page: one that is NaN is told from one that is missing.
+
+    Example::
+
+        >>> metric_text(0.98), metric_text(math.nan), metric_text(None), metric_text("text, for files hold anything")
+        ('0.980', 'nan', '–', 'text, for files hold anything')
 
     """  # noqa: RUF002
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return three_digits(value, MISSING) if is_number else fact_text(value)
+    return three_digits(value) if is_number and math.isfinite(value) else fact_text(value)
 
 
 def fact_text(value: Any) -> str:
