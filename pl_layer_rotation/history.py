@@ -3,17 +3,23 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pl_layer_rotation import _history_facts, _history_file, _history_rows
 from pl_layer_rotation._history_rows import Row
-from pl_layer_rotation._history_views import HistoryViews
 from pl_layer_rotation._thinning import Thinning
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
-class RotationHistory(HistoryViews):
+    from pl_layer_rotation.report.findings import Finding
+    from pl_layer_rotation.report.suggestion import RateSuggestion
+
+
+class RotationHistory:
     """Values by step and layer, with the facts of the run that they come from.
 
     A history is plain data: it knows no trainer and no module, pickles, and goes into a checkpoint as the dictionary
@@ -54,6 +60,8 @@ class RotationHistory(HistoryViews):
                 [0.0300, 0.0500]], dtype=torch.float64)
         >>> history.values("norm_ratio")[1]
         tensor([nan, nan], dtype=torch.float64)
+        >>> history.final("norm_ratio")
+        {'conv': 1.0, 'fc': 1.1}
 
     """
 
@@ -74,6 +82,12 @@ class RotationHistory(HistoryViews):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.layer_names)} layers, {len(self)} readings)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows (see ``pl_layer_rotation.report.notebook``)."""
+        from pl_layer_rotation.report.notebook import notebook_html
+
+        return notebook_html(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RotationHistory):
@@ -97,13 +111,6 @@ class RotationHistory(HistoryViews):
 
         Raises:
             ValueError: If ``step`` does not follow the last one, or a quantity has another length.
-
-        Example::
-
-            >>> history = RotationHistory(["conv", "fc"])
-            >>> history.append(10, rotation=[0.01, 0.02], norm_ratio=[1.0, float("nan")])
-            >>> history
-            RotationHistory(2 layers, 1 readings)
 
         """
         step = _history_rows.checked_step(step, self.steps)
@@ -157,15 +164,6 @@ class RotationHistory(HistoryViews):
         Args:
             step: optimizer steps done, where training goes on.
 
-        Example::
-
-            >>> history = RotationHistory(["fc"])
-            >>> for step in (10, 20, 30):
-            ...     history.append(step, rotation=[step / 1000])
-            >>> history.drop_from(20)
-            >>> history.steps
-            [10]
-
         """
         keep = sum(known < step for known in self.steps)
         del self.steps[keep:], self._rows[keep:]
@@ -184,13 +182,6 @@ class RotationHistory(HistoryViews):
         Raises:
             ValueError: If there are readings and none of them holds this quantity.
 
-        Example::
-
-            >>> history = RotationHistory(["conv", "fc"])
-            >>> history.append(10, rotation=[0.25, 0.5])
-            >>> history.values("rotation")
-            tensor([[0.2500, 0.5000]], dtype=torch.float64)
-
         """
         return _history_rows.stacked(self._rows, quantity, len(self.layer_names))
 
@@ -203,14 +194,6 @@ class RotationHistory(HistoryViews):
         Returns:
             Values by layer name, in the unit of the quantity; NaN for a layer that has none, and for all layers where
             the quantity was not recorded.
-
-        Example::
-
-            >>> history = RotationHistory(["conv", "fc"])
-            >>> history.append(10, rotation=[0.1, 0.2])
-            >>> history.append(20, rotation=[0.3, float("nan")])
-            >>> history.final()
-            {'conv': 0.3, 'fc': 0.2}
 
         """
         return _history_rows.last_defined(self._rows, quantity, self.layer_names)
@@ -249,13 +232,6 @@ class RotationHistory(HistoryViews):
             ``layers`` (name and shape of each), ``facts``, ``rows`` (step and values of each reading), and ``thinning``
             where :meth:`keep_at_most` was called.
 
-        Example::
-
-            >>> history = RotationHistory(["fc"], [(2, 8)], {"lr": 0.1})
-            >>> history.append(10, rotation=[0.2])
-            >>> history.state_dict()["layers"], history.state_dict()["rows"]
-            ([{'name': 'fc', 'shape': [2, 8]}], [{'step': 10, 'rotation': [0.2]}])
-
         """
         thinning = {} if self._thinning is None else {"thinning": self._thinning.state_dict()}
         # A fact that no file can hold must not end a training that writes a checkpoint.
@@ -272,11 +248,8 @@ class RotationHistory(HistoryViews):
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "RotationHistory":
         """The history that :meth:`state_dict` described.
 
-        Args:
-            state_dict: what that returned.
-
         Returns:
-            A new history, equal to the one that was described, which goes on as that would have.
+            A new history, equal to the one that ``state_dict`` describes, which goes on as that would have.
 
         Raises:
             KeyError: If an entry is missing.
@@ -286,7 +259,10 @@ class RotationHistory(HistoryViews):
 
             >>> history = RotationHistory(["fc"])
             >>> history.append(10, rotation=[0.2])
-            >>> RotationHistory.from_state_dict(history.state_dict()) == history
+            >>> state = history.state_dict()
+            >>> state["rows"]
+            [{'step': 10, 'rotation': [0.2]}]
+            >>> RotationHistory.from_state_dict(state) == history
             True
 
         """
@@ -355,16 +331,70 @@ class RotationHistory(HistoryViews):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is none of ours, was damaged, or comes from a newer version of the package.
 
-        Example::
-
-            >>> import tempfile, pathlib
-            >>> history = RotationHistory(["fc"], facts={"lr": 0.1})
-            >>> history.append(1, rotation=[0.25])
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     history.save(pathlib.Path(folder, "run.jsonl"))
-            ...     loaded = RotationHistory.load(pathlib.Path(folder, "run.jsonl"))
-            >>> loaded.facts, loaded.final()
-            ({'lr': 0.1}, {'fc': 0.25})
-
         """
         return _history_file.read(path, cls.from_state_dict)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The readings as a tidy table: one row for each step, layer and quantity that has a value.
+
+        Returns:
+            Columns ``step``, ``layer``, ``depth``, ``quantity`` and ``value``.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+
+        """
+        return _history_rows.frame(self.steps, self._rows, self.layer_names)
+
+    def figure(self, quantity: str = "rotation") -> "go.Figure":
+        """Plotly figure of one quantity's curves, coloured by depth (see ``pl_layer_rotation.report.figures``).
+
+        Args:
+            quantity: one that the monitor records, or another of :attr:`quantities`.
+
+        Returns:
+            One line a layer over the optimizer steps, in depth order, and dotted ones to compare with.
+
+        Raises:
+            ValueError: If the quantity is neither.
+
+        """
+        from pl_layer_rotation.report.figures import curves
+
+        return curves(self, quantity)
+
+    def findings(self) -> "list[Finding]":
+        """What the curves say in plain words, most urgent first (see ``pl_layer_rotation.report.findings``).
+
+        Returns:
+            A record for each finding, with its sentence, layers and numbers; none where no rule fires.
+
+        Example::
+
+            >>> history = RotationHistory(["conv", "fc"])
+            >>> history.append(100, rotation=[0.1, 0.0], norm_ratio=[1.1, 1.0])
+            >>> [(finding.code, finding.layers) for finding in history.findings()]
+            [('A', ('fc',))]
+
+        """
+        from pl_layer_rotation.report.findings import findings
+
+        return findings(self)
+
+    def suggest_lr(self, *others: "RotationHistory") -> "RateSuggestion":
+        """The learning rate to try next, from how straight the layers moved (how well that does: ``docs/tuning.md``).
+
+        Args:
+            *others: histories of runs that differ in the learning rate alone, each stopped after the same steps.
+
+        Returns:
+            The suggestion; NaN with the reason in its ``sentence`` where straightness says nothing.
+
+        Raises:
+            TypeError: If one of the others is no history.
+            ValueError: If the runs are not equally long.
+
+        """
+        from pl_layer_rotation.report.suggestion import suggest_lr
+
+        return suggest_lr(self, *others)

@@ -61,8 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_history_file": {"_text_file"},
     "_history_rows": set(),
     "_history_facts": set(),
-    "_history_views": set(),
-    "history": {"_thinning", "_history_facts", "_history_file", "_history_rows", "_history_views"},
+    "history": {"_thinning", "_history_facts", "_history_file", "_history_rows"},
     **dict.fromkeys(REPORT - {"history"}, REPORT | {"_geometry", "_history_facts", "_log_keys", "_text_file"}),
     "cli": REPORT,
     "monitor": ANY,
@@ -131,9 +130,9 @@ def test_report_never_imports_lightning(name: str) -> None:
 def test_the_rules_see_the_imports_that_they_are_about() -> None:
     assert siblings("metric") == {"layer_selection", "_geometry", "_sharding"}
     assert "plotly" in top_level(imported("report/figures"))
-    views = imported("_history_views", inside_functions=True)
-    assert "plotly" not in top_level(views)
-    assert "pl_layer_rotation.report.figures" in views - imported("_history_views")
+    everywhere = imported("history", inside_functions=True)
+    assert "plotly" not in top_level(everywhere)
+    assert "pl_layer_rotation.report.figures" in everywhere - imported("history")
     assert "layca" in siblings("monitor") | siblings("_lightning")
 
 
