@@ -60,7 +60,11 @@ def row(work: Path, wheel: Path, python: str, resolution: str, *, tests: bool) -
     venv = work / "venv"
     subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", python, venv], check=True, env=environ)
     binaries = venv / ("Scripts" if sys.platform == "win32" else "bin")
-    results = [f"{name} {outcome(command, work)}" for name, command in steps(wheel, binaries, resolution, tests)]
+    results = []
+    for name, command in steps(wheel, binaries, resolution, tests):
+        results.append(f"{name} {outcome(command, work)}")
+        if "FAILED" in results[-1]:
+            break
     versions = "import sys, importlib.metadata as m; print(sys.version.split()[0], *map(m.version, sys.argv[1:]))"
     found = subprocess.run(
         [binaries / "python", "-c", versions, *packages], capture_output=True, text=True, env=environ
