@@ -92,7 +92,8 @@ def read(path: str | os.PathLike[str], make: Callable[[Mapping[str, Any]], _Hist
 
 def _foreign(file: Path, why: str) -> ValueError:
     return ValueError(
-        f"`path` must be a file written by `RotationHistory.save`, got {file}, but {why}. Pass another file."
+        f"`path` must be a file written by `RotationHistory.save`, got {file}, but {why}. "
+        "Pass the `layer_rotation.jsonl` in the folder of the logs."
     )
 
 

@@ -43,7 +43,8 @@ def run_facts(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> dict[st
     # FSDP2 gives a module a class of its own, in front of the user's.
     kinds = type(pl_module).__bases__ if isinstance(pl_module, FSDPModule) else (type(pl_module),)
     facts: dict[str, Any] = {"module": kinds[-1].__name__}
-    if trainer.optimizers:
+    # Where a module returns no optimizer, Lightning puts one without groups there.
+    if trainer.optimizers and trainer.optimizers[0].param_groups:
         optimizer = _unwrapped(trainer.optimizers[0])
         name = type(optimizer).__name__
         facts["optimizer"] = f"{name}({optimizer.base_class.__name__})" if isinstance(optimizer, Layca) else name

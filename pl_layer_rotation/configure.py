@@ -1,5 +1,7 @@
 """What a LightningModule returns from ``configure_optimizers`` to control layer rotation."""
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -138,6 +140,10 @@ def layca_optimizers(
 
     try:
         optimizer = make(groups)
+    except TypeError as error:
+        own = inspect.signature(layca_optimizers).parameters
+        near = [match for option in base_options for match in difflib.get_close_matches(option, own, n=1)]
+        raise TypeError(f"{error} Did you mean {', '.join(map(repr, near))}?") if near else error from None
     except ValueError:
         named = {**dict(module.named_parameters()), **select_layers(module, include, exclude)}
         _raise_if_shapes_are_refused(make, groups, {id(tensor): name for name, tensor in named.items()})

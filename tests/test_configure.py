@@ -275,3 +275,12 @@ def test_groups_have_no_impossible_rate(rates: dict[str, Any]) -> None:
     (name,) = rates
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0, got"):
         layca_param_groups(Net(), **rates)
+
+
+def test_a_misspelt_argument_is_told_its_name() -> None:
+    with pytest.raises(
+        TypeError, match=r"`warmup` must be an option .* SGD, got warmup=10.* Did you mean 'warmup_steps'\?"
+    ):
+        layca_optimizers(Net(), warmup=10)
+    with pytest.raises(TypeError, match=r"`beta` must be an option of the base optimizer SGD, got beta=.* nesterov"):
+        layca_optimizers(Net(), beta=0.9)

@@ -179,7 +179,9 @@ def test_a_file_that_is_not_ours_or_damaged_is_an_error(
     recorded().save(file)
     file.write_bytes(breakage(file.read_text(encoding="utf-8")))
     text = f"`path` must be a file written by `RotationHistory.save`, got {file}, but {why}"
-    with pytest.raises(ValueError, match=re.escape(text) + r".*\. Pass another file\.$"):
+    with pytest.raises(
+        ValueError, match=re.escape(text) + r".*\. Pass the `layer_rotation\.jsonl` in the folder of the logs\.$"
+    ):
         RotationHistory.load(file)
 
 

@@ -24,7 +24,8 @@ from pl_layer_rotation.report.compare_figures import (
 )
 from pl_layer_rotation.report.comparison import FEWEST, Comparison, Mode, Quantity, compare, correlation, headline
 from pl_layer_rotation.report.figures import depth_colors
-from pl_layer_rotation.report.findings import NOTHING, STRAIGHT
+from pl_layer_rotation.report.findings import NOTHING
+from pl_layer_rotation.report.measures import STRAIGHT
 from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.packing import pack, plotly_js, script, source_hash, style, templates
 from pl_layer_rotation.report.text import MISSING, fact_text, listed, measure_text, metric_text, three_digits

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from pl_layer_rotation.history import RotationHistory
 from pl_layer_rotation.report.comparison import Comparison, Quantity
 from pl_layer_rotation.report.figures import _escape, _layout, _rounded, _shorten, _step_axis, depth_colors
-from pl_layer_rotation.report.findings import STRAIGHT
+from pl_layer_rotation.report.measures import STRAIGHT
 
 FEW_RUNS = 8  # up to here each run has a colour of its own, and a band from its lowest to its highest layer
 MOST_LINES = 200  # of more runs, as many are drawn, evenly from best to worst

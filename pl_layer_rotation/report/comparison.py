@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.findings import STRAIGHT, finding_lines
-from pl_layer_rotation.report.measures import FOR_RULES, Measures, number, rank_correlation, read_straightness, union
+from pl_layer_rotation.report.findings import finding_lines
+from pl_layer_rotation.report.measures import (
+    FOR_RULES,
+    STRAIGHT,
+    Measures,
+    number,
+    rank_correlation,
+    read_straightness,
+    union,
+)
 from pl_layer_rotation.report.named_runs import named_runs
 from pl_layer_rotation.report.text import count, listed, three_digits
 

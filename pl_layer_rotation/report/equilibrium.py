@@ -9,6 +9,9 @@ from torch import Tensor
 from pl_layer_rotation.report.measures import Measures, number
 
 _END = 0.8  # of the run, where its last part begins
+_NEAR = 0.15  # of the predicted angle
+_SAME_NORM = 0.1  # change of the logarithm of the norm
+_TIMES = 3.6  # time constants of weight decay after which it was observed
 
 
 def predicted_equilibrium(facts: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -45,6 +48,24 @@ def predicted_equilibrium(facts: Mapping[str, Any]) -> tuple[float, float] | Non
     if kind == "SGD":
         return math.sqrt(2 * lr * decay / (1 + momentum)), (1 - momentum) / (2 * lr * decay)
     return math.sqrt(2 * lr * decay * (1 - momentum) / (1 + momentum)), 1 / (2 * lr * decay)
+
+
+def at_equilibrium(run: Measures) -> tuple[dict[int, float], float]:
+    """The moving layers that turn by the predicted angle, after long enough and with a norm that stays.
+
+    Args:
+        run: what was measured of it.
+
+    Returns:
+        For each of them the root mean square of the angles of late steps, and the prediction, both in radians.
+
+    """
+    known, late = predicted_equilibrium(run.facts), last_part(run)
+    if known is None or late is None or run.end - run.start < _TIMES * known[1]:
+        return {}, math.nan
+    predicted, (turned, grown) = known[0], late
+    holds = (((turned / predicted - 1).abs() <= _NEAR) & (grown <= _SAME_NORM)).tolist()
+    return {i: float(turned[i]) for i in run.moving if holds[i]}, predicted
 
 
 def last_part(run: Measures) -> tuple[Tensor, Tensor] | None:

@@ -8,22 +8,22 @@ above that of the healthy run with the same seed.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.equilibrium import last_part, predicted_equilibrium
-from pl_layer_rotation.report.measures import FEWEST_READINGS, Measures, rank_correlation, read_straightness
+from pl_layer_rotation.report.equilibrium import at_equilibrium
+from pl_layer_rotation.report.measures import FEWEST_READINGS, STRAIGHT, Measures, rank_correlation, read_straightness
 from pl_layer_rotation.report.named_runs import check_history
-from pl_layer_rotation.report.suggestion import is_whole, rate_factor
+from pl_layer_rotation.report.suggestion import TOO_SMALL, is_whole, rate_factor, times_higher
 from pl_layer_rotation.report.text import between, listed, two_digits
 
 NOTHING = "No finding. This does not mean that the run is well tuned."
 
 SAME_NORM = 1e-6  # of the norm ratio from 1
+HARDLY = 1e-7  # radians a step; rounding alone turns fp32 weights by 3e-8
 LAGS = 0.2  # of the typical layer's path; healthy layers have at least 0.27
 AHEAD = 4.0  # times the typical layer's path; healthy layers have at most 3.05
-STRAIGHT = 1.7  # times a random walk of the same steps
 STOPPED_EARLY = 0.4  # share of the run with 99 % of the turning; healthy runs have at least 0.6
 STOPPED_ALONE = 0.6  # of the median of that share; healthy layers have at least 0.915
 SHOCK_RATIO = 3.0  # largest step over the 95th percentile
@@ -32,9 +32,6 @@ DIVERGING = 0.5  # radians in one step; healthy runs have at most 0.245
 UNEVEN_RATIO = 3.0  # of angles between first and last third of the layers; healthy runs have at most 2.5
 UNEVEN_RANK = 0.8  # rank correlation of angle and depth
 GREW = 5.0  # median norm ratio; healthy runs have at most 2.5
-EQUILIBRIUM = 0.15  # of the predicted angle
-EQUILIBRIUM_NORM = 0.1  # change of the logarithm of the norm
-EQUILIBRIUM_TIMES = 3.6  # time constants of weight decay after which it was observed
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,16 @@ def findings(history: RotationHistory) -> list[Finding]:
     run = Measures(history)
     ahead = runs_ahead(run)
     # Layca with a rate for each layer: these three would only restate the rates.
-    uneven = [] if run.facts.get("layer_multipliers") else [*ahead, *_of(run, lags, uneven_over_depth)]
+    uneven = [] if run.facts.get("layer_multipliers") else [*ahead, *lags(run), *uneven_over_depth(run)]
     if run.facts.get("reference", "init") != "init":
         # From pretrained weights late layers are meant to turn more than early ones.
         uneven = [finding for finding in uneven if finding.code != "I"]
-    straight = [] if ahead or run.still else straightness(run)
     return [
-        *_of(run, not_finite, did_not_turn, diverging, early_shock),
+        *(*not_finite(run), *did_not_turn(run), *diverging(run), *early_shock(run)),
         *uneven,
-        *_of(run, stopped_early, stopped_alone),
-        *straight,
-        *_of(run, weights_grew, equilibrium),
+        *(*stopped_early(run), *stopped_alone(run)),
+        *([] if ahead or run.still else straightness(run)),
+        *(*weights_grew(run), *equilibrium(run)),
     ]
 
 
@@ -131,17 +127,18 @@ def not_finite(run: Measures) -> list[Finding]:
 
 
 def did_not_turn(run: Measures) -> list[Finding]:
-    """A. Rotation undefined or below 1e-8. False alarms 0/80.
+    """A. Rotation undefined or below 1e-8 (D where no layer is above, though steps turned them). False alarms 0/80.
 
     Hits: frozen 23/23, dead ReLU or BatchNorm 16/16, zero-initialized 8/8; vanishing gradient 0/4. Of dead layers 15/16
     made a run worse; of frozen ones the first 7/8, a middle one 5/11, the output 4/4 in loss (accuracy unchanged); of
     outputs that start at zero 2/6.
     """
     norms = run.norm.tolist()
-    turned_not = [i for i in run.still if i not in run.never]
+    hardly = [i for i in run.still if float(run.path[i]) > HARDLY * (run.end - run.start)]
+    turned_not = [i for i in run.still if i not in run.never and i not in hardly]
     scaled = [i for i in turned_not if abs(norms[i] - 1) > SAME_NORM]
     unchanged = [i for i in turned_not if i not in scaled]
-    found = []
+    found = [_hardly_turned(run, hardly)] if hardly else []
     if unchanged:
         named = run.called(unchanged)
         known = all(math.isfinite(norms[i]) for i in unchanged)
@@ -221,7 +218,7 @@ def straightness(run: Measures) -> list[Finding]:
         return [Finding("D", (), values, f"{said}: the learning rate can probably rise; {advice}.", advice)]
     factor = rate_factor(median)
     advice = f"try ×{two_digits(factor)}"
-    sentence = f"{said}: the best learning rate is probably about {two_digits(factor)} times higher."
+    sentence = f"{said}: the best learning rate is probably {times_higher(factor)}."
     return [Finding("D", (), {**values, "factor": factor}, sentence, advice)]
 
 
@@ -342,19 +339,12 @@ def equilibrium(run: Measures) -> list[Finding]:
     Observed is the root mean square over the last 20 % of a run at constant rate, with a norm that stays within 10 %.
     After 3.6 time constants 17/17 layers followed by BatchNorm were within 10 %. Others say nothing.
     """
-    normed, known = run.facts.get("followed_by_norm"), predicted_equilibrium(run.facts)
-    if not isinstance(normed, (list, tuple)) or known is None:
-        return []
-    predicted, time = known
-    late = last_part(run)
-    if run.end - run.start < EQUILIBRIUM_TIMES * time or late is None:
-        return []
-    turned, grown = late
-    holds = (((turned / predicted - 1).abs() <= EQUILIBRIUM) & (grown <= EQUILIBRIUM_NORM)).tolist()
-    layers = [i for i in run.moving if holds[i] and run.names[i] in normed]
+    turned, predicted = at_equilibrium(run)
+    normed = run.facts.get("followed_by_norm")
+    layers = [i for i in turned if isinstance(normed, (list, tuple)) and run.names[i] in normed]
     if not layers:
         return []
-    measured = statistics.median(float(turned[i]) for i in layers)
+    measured = statistics.median(turned[i] for i in layers)
     span = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
     named = run.called(layers)
     shown = "\N{EN DASH}".join(listed([name]) for name in (named[0], named[-1])) if span else listed(named)
@@ -363,10 +353,6 @@ def equilibrium(run: Measures) -> list[Finding]:
         f"predicted {two_digits(predicted)}."
     )
     return [Finding("K", named, {"angle": measured, "predicted": predicted}, sentence)]
-
-
-def _of(run: Measures, *rules: Callable[[Measures], list[Finding]]) -> list[Finding]:
-    return [finding for rule in rules for finding in rule(run)]
 
 
 def _fast(run: Measures) -> list[int]:
@@ -380,11 +366,26 @@ def _compared(
     (ratio, typical), ratios, named = relative[extreme], [relative[i][0] for i in layers], run.called(layers)
     said = f"{listed(named)} turned {between(min(ratios), max(ratios))} × as much as the typical layer"
     values = {"ratio": ratio, "path": float(run.path[extreme]), "typical_path": typical}
-    return values, said, f"Check {_its(named)} param group{'' if len(named) == 1 else 's'}"
+    return values, said, f"Check {_its_groups(named)}"
+
+
+def _hardly_turned(run: Measures, layers: Sequence[int]) -> Finding:
+    """Steps did turn these layers, by more than rounding and too little to read from where to where."""
+    named, paths = run.called(layers), [float(run.path[i]) for i in layers]
+    said = f"{listed(named)} hardly turned ({between(min(paths), max(paths))} rad in all), too little to read"
+    if run.moving:
+        advice = f"check {_its_groups(named)}"
+        return Finding("A", named, {"path": min(paths)}, f"{said}: {advice}.", advice)
+    sentence, advice = f"{said}: try a learning rate {TOO_SMALL:.0f} times higher.", f"try ×{TOO_SMALL:.0f}"
+    return Finding("D", named, {"path": min(paths), "factor": TOO_SMALL}, sentence, advice)
 
 
 def _its(names: Sequence[str]) -> str:
     return "its" if len(names) == 1 else "their"
+
+
+def _its_groups(names: Sequence[str]) -> str:
+    return f"{_its(names)} param group{'' if len(names) == 1 else 's'}"
 
 
 def _from_zero(names: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ FOR_RULES = frozenset(
     | {"reference_steps", "reference_resolution", "not_finite"}
 )
 FEWEST_READINGS = 30  # of angles: with 12, 7 of 61 healthy runs had a wrong finding
+STRAIGHT = 1.7  # times a random walk of the same steps: above it the learning rate is too low
 EARLIEST = 0.1  # of the run: from here on straightness can be read while it trains
 _ALMOST_ALL = 0.99  # of a path
 _DENSE, _MOST_DENSE = 0.1, 1000  # share of the run, and steps, at the start in which no step's angle may be missed

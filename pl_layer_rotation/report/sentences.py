@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.findings import STRAIGHT, findings
-from pl_layer_rotation.report.measures import Measures, random_walk, read_straightness
+from pl_layer_rotation.report.findings import findings
+from pl_layer_rotation.report.measures import STRAIGHT, Measures, random_walk, read_straightness
 from pl_layer_rotation.report.text import count, listed, origin, three_digits
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pl_layer_rotation.history import RotationHistory
-from pl_layer_rotation.report.measures import EARLIEST, FEWEST_READINGS, Measures, median_straightness, number
+from pl_layer_rotation.report.measures import EARLIEST, FEWEST_READINGS, STRAIGHT, Measures, median_straightness, number
 from pl_layer_rotation.report.named_runs import check_history
 from pl_layer_rotation.report.text import two_digits
 
@@ -15,7 +15,7 @@ _PROBE, _PROBE_ABOVE = (10.0, 2.0), 1.0  # where it was read near 20 %
 _PROBE_SHARES, _WHOLE_SHARE = (0.15, 0.3), 0.5  # of the run
 # 10 % and 90 % quantiles of best over suggested rate on the tasks that judged it: benchmarks/results/tuning.json.
 _SPREAD = {"whole": (0.143, 3.38), "probe": (0.0809, 2.54), "valley": (0.0215, 2.11)}
-_TOO_SMALL = 100.0  # how far to go up where layers hardly turned
+TOO_SMALL = 100.0  # how far to go up where layers hardly turned
 _APART = 10 ** (2 / 3)  # rates of the probes, as they were tested
 
 
@@ -90,6 +90,19 @@ def rate_factor(straightness: float) -> float:
     return _WHOLE[0] * straightness ** _WHOLE[1] if straightness > _WHOLE_ABOVE else math.nan
 
 
+def times_higher(factor: float) -> str:
+    """How much higher the best rate is expected, and between which factors it was in tests on whole runs.
+
+    Example::
+
+        >>> times_higher(30.0)
+        'about 30 times higher (4.3 to 101 in 8 of 10 tests)'
+
+    """
+    low, high = (two_digits(part * factor) for part in _SPREAD["whole"])
+    return f"about {two_digits(factor)} times higher ({low} to {high} in 8 of 10 tests)"
+
+
 def is_whole(run: Measures) -> bool:
     """Whether enough of the run is over for the constants that were fitted at its end."""
     return run.end >= _WHOLE_SHARE * run.total
@@ -100,7 +113,7 @@ def _from_one(history: RotationHistory) -> RateSuggestion:
         return _nothing("There are no readings yet")
     run = Measures(history)
     if not run.moving and run.still and not run.lost:
-        return _suggestion(history, _TOO_SMALL, math.nan, None, "The layers hardly turned, too little to read")
+        return _suggestion(history, TOO_SMALL, math.nan, None, "The layers hardly turned, too little to read")
     kappa = median_straightness(run)
     share = run.end / run.total
     if kappa is None:
@@ -116,7 +129,8 @@ def _from_one(history: RotationHistory) -> RateSuggestion:
         reason = f"The layers moved no straighter than that tells ({walk}): the rate is near the best one or above it, "
         return _nothing(reason + "or the data hold little signal. Probe lower and higher rates", kappa)
     spread = _SPREAD["whole" if whole else "probe"]
-    return _suggestion(history, factor * kappa**exponent, kappa, spread, f"The layers moved almost straight ({walk})")
+    how = "almost straight" if kappa > STRAIGHT else "somewhat straight"
+    return _suggestion(history, factor * kappa**exponent, kappa, spread, f"The layers moved {how} ({walk})")
 
 
 def _from_valley(histories: Sequence[RotationHistory]) -> RateSuggestion:

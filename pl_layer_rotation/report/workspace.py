@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-from pl_layer_rotation.report.findings import STRAIGHT
+from pl_layer_rotation.report.measures import STRAIGHT
 from pl_layer_rotation.report.wandb_sink import chart_keys, logged_key
 
 NAME = "Layer rotation"

@@ -43,6 +43,26 @@ def test_when_a_norm_has_moved(norm: float, changed: bool) -> None:
     assert ("norm moved" in only(walk(steady(0.0), [0.0], [norm])).sentence) == changed
 
 
+def test_layers_that_steps_turned_too_little_to_read() -> None:
+    found = only(walk(steady(2e-6, 4e-6), [1e-10, 1e-9], [1 + 2e-6, 1.0]))
+    assert found.sentence == (
+        "`fc1` and `fc2` hardly turned (8.0e-05 to 0.00016 rad in all), too little to read: "
+        "try a learning rate 100 times higher."
+    )
+    assert (found.code, found.advice) == ("D", "try ×100")
+    assert found.values == pytest.approx({"path": 8e-5 - 2e-6, "factor": 100.0}, rel=0.03)
+
+
+def test_a_layer_that_hardly_turned_beside_others() -> None:
+    found = only(walk(steady(0.01, 2e-6, 0.01), [0.1, 1e-10, 0.1], [1.1, 1 + 2e-6, 1.1]))
+    assert found.sentence == "`fc2` hardly turned (8.0e-05 rad in all), too little to read: check its param group."
+    assert (found.code, found.layers) == ("A", ("fc2",))
+
+
+def test_rounding_turns_no_layer() -> None:
+    assert "only its norm moved" in only(walk(steady(3e-8), [1e-12], [0.9])).sentence
+
+
 def test_several_still_layers_share_a_sentence() -> None:
     unchanged, scaled = findings(walk(steady(*[0.0] * 4), [0.0] * 4, [1.0, 1.0, 0.8, 0.9]))
     assert unchanged.sentence.startswith("`fc1` and `fc2` did not turn at all: their weights never changed.")

@@ -31,7 +31,7 @@ def test_what_is_said_of_straight_layers() -> None:
     found = only(random_walk(2.6))
     assert found.sentence == (
         "The layers moved almost straight (2.6 × a random walk of the same steps): "
-        "the best learning rate is probably about 18 times higher."
+        "the best learning rate is probably about 18 times higher (2.6 to 62 in 8 of 10 tests)."
     )
     assert found.values == pytest.approx({"straightness": 2.6, "factor": 4.0 * 2.6**1.6})
     assert found.advice == "try ×18"
