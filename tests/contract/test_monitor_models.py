@@ -376,8 +376,7 @@ def test_a_module_without_layers_is_one_warning() -> None:
         warnings.simplefilter("always")
         run = fit(LayerRotationMonitor(), module=NoLayers(), max_epochs=2)
     texts = [str(warning.message) for warning in caught if "LayerRotationMonitor" in str(warning.message)]
-    assert texts == [
-        "LayerRotationMonitor: NoLayers has no layers to measure (no parameter of two or more dimensions)."
-    ]
+    why = "none of its parameters is selected (two or more dimensions, no normalization, no embedding)"
+    assert texts == [f"LayerRotationMonitor: NoLayers has no layers to measure: {why}."]
     assert run.state.finished
     assert ours(run.callback_metrics) == []
