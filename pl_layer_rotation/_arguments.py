@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from pl_layer_rotation._numbers import is_count
+
 QUANTITIES = ("rotation", "angular_update", "norm_ratio", "straightness")
 # What an argument may be, and what to know of the choice.
 _CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -39,8 +41,7 @@ def check_every_n_steps(every_n_steps: Any) -> None:
         MisconfigurationException: If it is neither None nor a positive integer.
 
     """
-    is_count = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-    if every_n_steps is not None and (not is_count or every_n_steps < 1):
+    if every_n_steps is not None and not is_count(every_n_steps, least=1):
         raise MisconfigurationException(
             f"`every_n_steps` must be an integer of at least 1 or None, got {every_n_steps!r}. "
             "None follows the trainer's `log_every_n_steps`."

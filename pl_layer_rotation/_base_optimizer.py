@@ -31,6 +31,20 @@ def _nothing() -> None:
 
 _NO_CAPTURE_CHECKS = dict.fromkeys(_CAPTURE_CHECKS, _nothing)
 
+
+class UnknownOptionError(TypeError):
+    """An option that the base does not have.
+
+    Attributes:
+        option: its name.
+
+    """
+
+    def __init__(self, message: str, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
+
+
 BaseOptimizer = type[Optimizer] | str | Callable[[Iterable[Any]], Optimizer]
 
 
@@ -57,9 +71,10 @@ def resolve_base(base: BaseOptimizer, options: Mapping[str, Any], argument: str 
         for option, value in options.items():
             if option not in accepted:
                 own = [known for known in accepted if known not in ("params", "lr")]
-                raise TypeError(
+                raise UnknownOptionError(
                     f"`{option}` must be an option of the base optimizer {name}, got {option}={value!r}. "
-                    f"Its options are {', '.join(own)}."
+                    f"Its options are {', '.join(own)}.",
+                    option,
                 )
     for option, value in options.items():
         if isinstance(value, float) and math.isnan(value):

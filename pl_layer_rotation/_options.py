@@ -1,7 +1,6 @@
 """The options of Layca's groups: what they must be, and which of them are the base's."""
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pl_layer_rotation import _geometry as geometry
+from pl_layer_rotation._numbers import is_count, is_number
 from pl_layer_rotation._scratch import rotates
 from pl_layer_rotation._sharding import is_unknown_piece, original_shape
 
@@ -94,7 +94,7 @@ def check_lr(lr: float | Tensor) -> None:
     """Raise unless a rate is the tangent of an angle."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if (not isinstance(lr, Tensor) and not is_rate(lr)) or not 0 <= float(lr) < math.inf:
+    if not is_rate(float(lr) if isinstance(lr, Tensor) else lr):
         raise ValueError(f"`lr` must be a finite number of at least 0, got {lr!r}. Try 3**-3, an angle of 2.1 degrees.")
 
 
@@ -113,7 +113,7 @@ def check_rate(argument: str, value: Any) -> None:
 
 def is_rate(value: Any) -> bool:
     """Whether it is a finite number of at least 0; True and False are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    return is_number(value) and 0 <= float(value) < math.inf
 
 
 def check_switches(group: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ def check_switches(group: Mapping[str, Any]) -> None:
 def check_leading_dims(group: Mapping[str, Any]) -> None:
     """Raise unless every tensor of a group keeps a dimension."""
     leading = group["leading_dims"]
-    if isinstance(leading, bool) or not isinstance(leading, int) or leading < 0:
+    if not is_count(leading):
         raise ValueError(
             f"`leading_dims` must be an integer of at least 0, got {leading!r}. "
             "Pass 1 for stacked experts (E, out, in) or a fused projection (3, out, in)."

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pl_layer_rotation._base_optimizer import BaseOptimizer
+from pl_layer_rotation._base_optimizer import BaseOptimizer, UnknownOptionError
+from pl_layer_rotation._numbers import is_count
 from pl_layer_rotation._options import check_rate
 from pl_layer_rotation._schedules import SCHEDULES, make_schedule, training_steps
 from pl_layer_rotation.layca import Layca
@@ -140,10 +141,10 @@ def layca_optimizers(
 
     try:
         optimizer = make(groups)
-    except TypeError as error:
+    except UnknownOptionError as error:
         own = inspect.signature(layca_optimizers).parameters
-        near = [match for option in base_options for match in difflib.get_close_matches(option, own, n=1)]
-        raise TypeError(f"{error} Did you mean {', '.join(map(repr, near))}?") if near else error from None
+        near = difflib.get_close_matches(error.option, own, n=1)
+        raise TypeError(f"{error} Did you mean {near[0]!r}?") if near else error from None
     except ValueError:
         named = {**dict(module.named_parameters()), **select_layers(module, include, exclude)}
         _raise_if_shapes_are_refused(make, groups, {id(tensor): name for name, tensor in named.items()})
@@ -180,7 +181,7 @@ def _check(lr: Any, plain_lr: Any, schedule: Any, warmup_steps: Any) -> None:
             f"`schedule` must be {', '.join(map(repr, SCHEDULES))} or a function from an optimizer to a scheduler, got "
             f"{schedule!r}. Pass for instance `lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, ...)`."
         )
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+    if not is_count(warmup_steps):
         raise MisconfigurationException(
             f"`warmup_steps` must be a whole number of at least 0, got {warmup_steps!r}. It counts optimizer steps."
         )

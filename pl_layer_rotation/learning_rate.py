@@ -1,8 +1,8 @@
 """Rotation rates from the length of a training."""
 
 import math
-from numbers import Real
-from typing import Any
+
+from pl_layer_rotation._numbers import is_number
 
 
 def rotation_lr(steps: int, momentum: float = 0.0, *, distance: float | None = None) -> float:
@@ -40,11 +40,11 @@ def rotation_lr(steps: int, momentum: float = 0.0, *, distance: float | None = N
         0.0245
 
     """
-    if not _is_number(steps) or not 1 <= steps < math.inf:
+    if not is_number(steps) or not 1 <= steps < math.inf:
         raise ValueError(f"`steps` must be finite and at least 1, got {steps!r}. Pass the steps of the whole training.")
-    if not _is_number(momentum) or not 0 <= momentum < 1:
+    if not is_number(momentum) or not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be at least 0 and below 1, got {momentum!r}. Pass SGD's momentum or beta1.")
-    if distance is not None and (not _is_number(distance) or not 0 < distance < 1):
+    if distance is not None and (not is_number(distance) or not 0 < distance < 1):
         raise ValueError(
             f"`distance` must be between 0 and 1 (not included), got {distance!r}. "
             "A random walk ends at right angles, at 1."
@@ -54,7 +54,3 @@ def rotation_lr(steps: int, momentum: float = 0.0, *, distance: float | None = N
         return min(1.0, math.pow(1000 / steps, 1 / 3)) / (9 * math.sqrt(factor))
     # expm1 and log1p: 1 - distance to the power of 2 / steps is 1 up to round-off for long trainings.
     return math.sqrt(math.expm1(-2 / steps * math.log1p(-distance)) / factor)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -123,8 +123,12 @@ class LayerRotationMonitor(CallbackBase):
     ) -> None:
         super().__init__()
         check_reference(reference)
-        check_choices(reference_device=reference_device, report=report, angular_update=angular_update)
-        check_choices(save_reference=save_reference)
+        check_choices(
+            reference_device=reference_device,
+            save_reference=save_reference,
+            report=report,
+            angular_update=angular_update,
+        )
         check_every_n_steps(every_n_steps)
         self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.every_n_steps = every_n_steps

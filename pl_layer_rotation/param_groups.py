@@ -1,7 +1,6 @@
 """Parameter groups for Layca: which tensors rotate, and how fast each layer does."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pl_layer_rotation._numbers import is_count, is_number
 from pl_layer_rotation._options import check_lr, check_rate, is_rate
 from pl_layer_rotation._sharding import are_zero, original_shape
 from pl_layer_rotation.layer_selection import check_module, select_layers
@@ -139,7 +139,7 @@ def _factors(multipliers: float | Mapping[str, float], names: list[str]) -> dict
                     " Leave a layer out of the rotation with `exclude`."
                 )
         return {name: float(multipliers.get(name, 1.0)) for name in names}
-    if isinstance(multipliers, bool) or not isinstance(multipliers, Real) or not -1 < multipliers < 1:
+    if not is_number(multipliers) or not -1 < multipliers < 1:
         raise MisconfigurationException(
             f"`layer_multipliers` must be an alpha between -1 and 1 (not included), got {multipliers!r}. "
             "Positive values slow early layers, negative values late ones; 0 turns all alike."
@@ -172,7 +172,7 @@ def _leading_dims(
             counts.update(dict.fromkeys(rotating, count))
     for name, count in counts.items():
         shape = tuple(original_shape(layers[name]))
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(shape):
+        if not is_count(count) or count >= len(shape):
             raise MisconfigurationException(
                 f"`leading_dims` must be a whole number from 0 to {len(shape) - 1} for layer {name!r} of shape "
                 f"{shape}, got {count!r}. Give numbers by pattern where layers differ."

@@ -284,3 +284,5 @@ def test_a_misspelt_argument_is_told_its_name() -> None:
         layca_optimizers(Net(), warmup=10)
     with pytest.raises(TypeError, match=r"`beta` must be an option of the base optimizer SGD, got beta=.* nesterov"):
         layca_optimizers(Net(), beta=0.9)
+    with pytest.raises(TypeError, match=r"`base` must be an optimizer class.*torch\.optim\.AdamW`\.$"):
+        layca_optimizers(Net(), base=3, betas=(0.9, 0.99))  # type: ignore[arg-type]

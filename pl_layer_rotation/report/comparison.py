@@ -127,7 +127,7 @@ def compare(
     """
     histories = named_runs(histories)
     metrics = [_metrics(history.facts) for history in histories.values()]
-    chosen, direction = judged_by(histories, metric, mode)
+    chosen, direction = _judged_by(metrics, metric, mode)
     settings = [_settings(history.facts) for history in histories.values()]
     by_name = {name: [own.get(name) for own in settings] for name in union(settings)}
     varied = {name: values for name, values in by_name.items() if any(value != values[0] for value in values)}
@@ -169,9 +169,14 @@ def judged_by(
         ('val_loss', 'min')
 
     """
+    return _judged_by([_metrics(history.facts) for history in named_runs(histories).values()], metric, mode)
+
+
+def _judged_by(
+    metrics: Sequence[Mapping[str, float]], metric: str | None, mode: Mode | None
+) -> tuple[str | None, Mode | None]:
     if mode not in (None, "min", "max"):
         raise ValueError(f"`mode` must be 'min', 'max' or None, got {mode!r}. None reads it from the metric's name.")
-    metrics = [_metrics(history.facts) for history in named_runs(histories).values()]
     if metric is None:
         metric = _chosen(metrics)
     elif not any(metric in own for own in metrics):

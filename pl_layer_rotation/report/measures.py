@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pl_layer_rotation import _geometry as geometry
 from pl_layer_rotation._history_facts import plain
+from pl_layer_rotation._numbers import is_number
 from pl_layer_rotation.history import RotationHistory
 
 # Facts that rules and figures read, and that say nothing to a reader of settings, or stand in sentences.
@@ -173,8 +174,7 @@ def union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
 def number(facts: Mapping[str, Any], key: str) -> float | None:
     """A fact that is a finite number; files can hold anything."""
     value = plain(facts.get(key))
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    return float(value) if is_number(value) and math.isfinite(value) else None
 
 
 def random_walk(history: RotationHistory) -> dict[int, float]:

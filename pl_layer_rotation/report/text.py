@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pl_layer_rotation._numbers import is_number
+
 MISSING = "–"  # noqa: RUF001
 _SHOWN = 3  # layers that a sentence names
 _NAME = 60  # characters of a name in a sentence
@@ -47,8 +49,7 @@ def metric_text(value: Any) -> str:
         ('0.980', 'nan', '–', 'text, for files hold anything')
 
     """  # noqa: RUF002
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return three_digits(value) if is_number and math.isfinite(value) else fact_text(value)
+    return three_digits(value) if is_number(value) and math.isfinite(value) else fact_text(value)
 
 
 def fact_text(value: Any) -> str:

@@ -71,45 +71,23 @@ def test_metric_and_direction_are_read_from_the_names(names: list[str], expected
     assert judged_by(runs_of(metrics, metrics)) == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("val_acc", "val/acc", "accuracy", "val_accuracy", "valAcc", "val-acc", "acc1", "acc@5", "top5", "testacc"),
-        *("f1", "macro_f1", "valF1", "auc", "roc_auc", "auroc", "val_AUROC", "mAP", "val_mAP50", "val_map", "AP"),
-        *("IoU", "val_mIoU", "MeanIoU", "val_r2", "R2Score", "bleu4", "val_transferred_acc", "val_supplement_acc"),
-        *("BinaryAccuracy", "MulticlassF1Score", "BinaryAUROC", "MulticlassJaccardIndex", "SacreBLEUScore"),
-        *("MulticlassPrecision", "BinaryRecall", "MeanAveragePrecision", "DiceScore"),
-    ],
-)
-def test_words_that_mean_larger_is_better(name: str) -> None:
-    runs = runs_of({name: 0.5}, {name: 0.6})
-    assert judged_by(runs) == (name, "max")
+LARGER = [
+    *("val_acc", "val/acc", "accuracy", "val_accuracy", "valAcc", "val-acc", "acc1", "acc@5", "top5", "testacc"),
+    *("f1", "macro_f1", "valF1", "auc", "roc_auc", "auroc", "val_AUROC", "mAP", "val_mAP50", "val_map", "AP"),
+    *("IoU", "val_mIoU", "MeanIoU", "val_r2", "R2Score", "bleu4", "val_transferred_acc", "val_supplement_acc"),
+    *("BinaryAccuracy", "MulticlassF1Score", "BinaryAUROC", "MulticlassJaccardIndex", "SacreBLEUScore"),
+    *("MulticlassPrecision", "BinaryRecall", "MeanAveragePrecision", "DiceScore"),
+]
+SMALLER = [
+    *("loss", "val_loss", "train_loss", "valLoss", "val/loss", "loss_epoch", "loss2", "celoss", "l1_loss"),
+    *("error", "err", "top1_err", "val_error", "errors", "mse", "mae", "valRMSE", "rmse", "ppl", "perplexity", "nll"),
+    *("MeanSquaredError", "WordErrorRate", "Perplexity", "HingeLoss", "acc_loss", "dice_loss", "MSELoss"),
+]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("loss", "val_loss", "train_loss", "valLoss", "val/loss", "loss_epoch", "loss2", "celoss", "l1_loss"),
-        *(
-            "error",
-            "err",
-            "top1_err",
-            "val_error",
-            "errors",
-            "mse",
-            "mae",
-            "valRMSE",
-            "rmse",
-            "ppl",
-            "perplexity",
-            "nll",
-        ),
-        *("MeanSquaredError", "WordErrorRate", "Perplexity", "HingeLoss", "acc_loss", "dice_loss", "MSELoss"),
-    ],
-)
-def test_words_that_mean_smaller_is_better(name: str) -> None:
-    runs = runs_of({name: 0.5}, {name: 0.6})
-    assert judged_by(runs) == (name, "min")
+@pytest.mark.parametrize(("name", "mode"), [*((name, "max") for name in LARGER), *((name, "min") for name in SMALLER)])
+def test_words_say_what_is_better(name: str, mode: str) -> None:
+    assert judged_by(runs_of({name: 0.5}, {name: 0.6})) == (name, mode)
 
 
 @pytest.mark.parametrize(

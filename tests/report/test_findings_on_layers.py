@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from histories import NAN
 from report.walks import codes, only, steady, walk
 
-from pl_layer_rotation import RotationHistory
-from pl_layer_rotation.report.findings import findings
+from pl_layer_rotation import RotationHistory, layer_rotation
+from pl_layer_rotation.report.findings import HARDLY, findings
 
 # A
 
@@ -59,8 +60,12 @@ def test_a_layer_that_hardly_turned_beside_others() -> None:
     assert (found.code, found.layers) == ("A", ("fc2",))
 
 
-def test_rounding_turns_no_layer() -> None:
-    assert "only its norm moved" in only(walk(steady(3e-8), [1e-12], [0.9])).sentence
+@pytest.mark.parametrize("shrinks", [0.97, 1 - 1e-4, 1 - 1e-6])
+def test_rounding_turns_no_layer(shrinks: float) -> None:
+    weights = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    angle = 2 * math.asin(math.sqrt(float(layer_rotation(weights * shrinks, weights)) / 2))
+    assert 2e-8 < angle < 3e-8 < HARDLY
+    assert "only its norm moved" in only(walk(steady(angle), [1e-12], [0.9])).sentence
 
 
 def test_several_still_layers_share_a_sentence() -> None:
